@@ -1,0 +1,124 @@
+"""Atomic, checksummed checkpoints: what is on disk is either whole or noticed.
+
+A file is a magic word, the SHA-256 of the rest, and the rest: a `torch.save` payload that is read back with
+`weights_only=True`, so nothing in it can run. It is written under a temporary name in the same folder, flushed to the
+disk, and renamed over its place; the one before it stays as `.previous`.
+"""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Callable
+
+import torch
+
+from kd import BadInput, TrainingFault
+
+MAGIC = b"kd-ckpt1"
+# what a run leaves behind, and --overwrite removes: never a whole folder, in case it is not one of ours
+RUN_FOLDERS = ("student", "teacher", "control", "tensorboard")
+RUN_FILES = ("last.ckpt", "last.ckpt.previous", "metrics.jsonl", "result.json")
+
+
+def write_atomic(path: Path, content: bytes, keep_previous: bool = False) -> None:
+    """Replace `path` by `content` so that a reader, or a crash at any moment, meets the old file or the new one.
+
+    Raises TrainingFault where the disk is full or not writable; the old file is then untouched and no other is left.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep_previous and path.exists():
+            previous = path.with_name(path.name + ".previous")
+            previous.unlink(missing_ok=True)
+            os.link(path, previous)  # a second name, so that `path` itself is never absent
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the rename is durable only once the folder is
+        finally:
+            os.close(folder)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise TrainingFault(f"cannot write {path}: {error.strerror or error}; free some space or give another --out, "
+                            f"then --resume") from error
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write `state` (tensors, numbers, strings and containers of them) to `path`; the last one becomes `.previous`."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    payload = buffer.getvalue()
+    write_atomic(path, MAGIC + hashlib.sha256(payload).digest() + payload, keep_previous=True)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The state in one file. Raises ValueError where it is truncated, altered, or no checkpoint at all."""
+    content = path.read_bytes()
+    head, payload = content[:len(MAGIC) + 32], content[len(MAGIC) + 32:]
+    if head != MAGIC + hashlib.sha256(payload).digest():
+        raise ValueError(f"{path} is damaged: its checksum does not match")
+    return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+
+
+def load(path: Path, say: Callable[[str], None] = print) -> dict[str, Any] | None:
+    """The newest checkpoint that is whole: `path`, or else its `.previous`; None where there is neither.
+
+    A damaged file is kept for inspection as `.damaged`, and `say` gets one line. Raises BadInput where both are
+    damaged.
+    """
+    damaged = []
+    for candidate in (path, path.with_name(path.name + ".previous")):
+        if candidate.exists():
+            try:
+                return read(candidate)
+            except ValueError as error:
+                kept = candidate.with_name(candidate.name + ".damaged")
+                os.replace(candidate, kept)
+                damaged.append(kept)
+                say(f"{error}; kept as {kept.name}")
+    if damaged:
+        raise BadInput(f"{path}: no checkpoint is whole ({', '.join(str(one) for one in damaged)}); start again with "
+                       f"--overwrite")
+    return None
+
+
+def open_run(out: Path, config: dict[str, Any], free: set[str], resume: bool, overwrite: bool,
+             ) -> tuple[Path, dict[str, Any] | None]:
+    """The folder of a run, with `config` in its config.json; and its checkpoint under `resume`, else None.
+
+    Raises BadInput where the folder holds another run and neither `resume` nor `overwrite` is given, where it holds
+    something else, and where a resumed run has another setting (other than those in `free`).
+    """
+    record = out / "config.json"
+    try:
+        if out.exists() and any(out.iterdir()):
+            if not record.is_file():
+                raise BadInput(f"--out {out}: holds files that are not a run; give another folder")
+            if resume:
+                before = json.loads(record.read_text())
+                changed = [f"--{name.replace('_', '-')} {value} (was {before.get(name)})"
+                           for name, value in config.items() if name not in free and before.get(name) != value]
+                if changed:
+                    raise BadInput(f"--resume: another setting makes another run: {', '.join(changed)}")
+                return out, load(out / "last.ckpt")
+            if not overwrite:
+                raise BadInput(f"--out {out}: holds another run; go on with --resume, replace it with --overwrite, or "
+                               f"give another folder")
+            for name in RUN_FOLDERS:
+                shutil.rmtree(out / name, ignore_errors=True)
+            for name in RUN_FILES:
+                (out / name).unlink(missing_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--out {out}: {error.strerror}; give a folder that can be written") from error
+    except ValueError as error:
+        raise BadInput(f"{record}: not readable ({error}); replace the run with --overwrite") from error
+    write_atomic(record, json.dumps(config, indent=2).encode())
+    return out, None

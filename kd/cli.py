@@ -1,0 +1,88 @@
+"""Flags from a dataclass: `Config` is the only place where a flag is declared, with its default and its meaning.
+
+Nothing heavy is imported here, so that `--help` and a mistyped flag answer before torch is loaded.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import math
+import sys
+from typing import Any, NoReturn
+
+from kd import BadInput
+
+
+def flag(default: Any, help: str, choices: tuple[str, ...] = (), low: float = -math.inf, high: float = math.inf,
+         above: float = -math.inf) -> Any:
+    """A dataclass field that is also a command-line flag: one of `choices`, or low <= value <= high, value > above."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high,
+                                                        "above": above})
+
+
+def check(config: Any) -> None:
+    """Raise BadInput for the first value that its field does not allow, naming the nearest that it does."""
+    for field in dataclasses.fields(config):
+        value, allowed, option = getattr(config, field.name), field.metadata, f"--{field.name.replace('_', '-')}"
+        if allowed["choices"] and value not in allowed["choices"]:
+            raise BadInput(f"{option} {value}: not one of its values{nearest(value, list(allowed['choices']))}")
+        if isinstance(value, (int, float)) and not (allowed["low"] <= value <= allowed["high"]
+                                                    and allowed["above"] < value < math.inf):
+            bounds = [f"{word} {bound:g}" for word, bound in
+                      (("at least", allowed["low"]), ("at most", allowed["high"]), ("above", allowed["above"]))
+                      if math.isfinite(bound)]
+            raise BadInput(f"{option} {value}: must be {' and '.join(bounds) or 'finite'}")
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """`"; did you mean A or B?"`, or the whole list where it is short, for an error line about `word`."""
+    close = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+    if close:
+        return f"; did you mean {' or '.join(close)}?"
+    return f"; known: {', '.join(known)}" if len(known) <= 12 else ""
+
+
+def default_text(name: str, default: Any, recipes: dict[str, dict[str, Any]]) -> str:
+    """The default of a flag, and where a recipe has another one, that."""
+    others = [f"{recipe}: {settings[name]}" for recipe, settings in recipes.items() if name in settings]
+    return "; ".join([str(default), *others])
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:  # argparse would print the whole usage, and exit from here
+        raise BadInput(message)
+
+
+def parse_config(config_class: type, recipes: dict[str, dict[str, Any]], argv: list[str], doc: str) -> Any:
+    """Build `config_class` from defaults, then the chosen recipe, then the flags (each overrides the last).
+
+    Raises BadInput for an unknown flag, value or recipe, naming the nearest known ones.
+    """
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    # allow_abbrev=False: `--teacher-weight` must be refused, not guessed
+    parser = _OneLineParser(prog="train.py", description=doc, allow_abbrev=False,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, field in fields.items():
+        option = "--" + name.replace("_", "-")
+        text = field.metadata["help"].replace("%", "%%")
+        if isinstance(field.default, bool):
+            parser.add_argument(option, action="store_true", default=None, help=text)
+        else:
+            shown = "|".join(field.metadata["choices"]) or type(field.default).__name__.upper()
+            default = "" if field.default == "" else f" (default: {default_text(name, field.default, recipes)})"
+            parser.add_argument(option, type=type(field.default), metavar=shown, default=None, help=text + default)
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        options = [option for action in parser._actions for option in action.option_strings if option[:2] == "--"]
+        raise BadInput(f"unknown argument {unknown[0]}{nearest(unknown[0].split('=')[0], options)}")
+    flags = {name: value for name, value in vars(given).items() if value is not None}
+    recipe = flags.get("recipe", fields["recipe"].default)
+    config = config_class(**{**recipes.get(recipe, {}), **flags, "recipe": recipe})
+    check(config)
+    return config
+
+
+def fail(message: object, status: int) -> NoReturn:
+    """Print one line on stderr and leave with `status`: users never see a traceback for what they can mend."""
+    print(f"train.py: error: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(status)

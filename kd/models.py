@@ -1,0 +1,187 @@
+"""timm models in and out: create by name, load weights, freeze, save as a folder that timm loads by itself.
+
+Weights come in as safetensors (or through timm's own download) and go out as safetensors: no pickle is opened here.
+"""
+
+import copy
+import difflib
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Callable, NamedTuple
+
+import safetensors
+import safetensors.torch
+import timm
+import torch
+from timm.data import resolve_data_config
+from torch import Tensor, nn
+
+from kd import BadInput
+from kd import hub
+
+
+class Preprocessing(NamedTuple):
+    """What timm declares for a model: mean and std of the pixels in [0, 1], how to resize, how much to crop."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    crop_pct: float
+
+
+def preprocessing(model: nn.Module) -> Preprocessing:
+    """timm's data configuration of `model`."""
+    config = resolve_data_config({}, model=model)
+    return Preprocessing(tuple(config["mean"]), tuple(config["std"]), config["interpolation"], config["crop_pct"])
+
+
+def normalize(views: Tensor, prep: Preprocessing) -> Tensor:
+    """uint8 `(B, 3, H, W)` to float32 of the same shape and memory format: (x / 255 - mean) / std."""
+    mean = torch.tensor(prep.mean, device=views.device)[:, None, None]
+    std = torch.tensor(prep.std, device=views.device)[:, None, None]
+    return views.float().div_(255).sub_(mean).div_(std)
+
+
+def create(flag: str, name: str, classes: tuple[str, ...], weights: str = "none",
+           say: Callable[[str], None] = print) -> nn.Module:
+    """A timm model with one output a class.
+
+    weights: `none` (random, from torch's seed), `imagenet` (timm's pretrained), a `.safetensors` file, or a folder
+    saved by `save`. A head of another size is replaced, and `say` gets one line about it. `flag` is named in errors.
+    Raises BadInput for an unknown name, weights that cannot be had, are corrupt, or belong to another model.
+    """
+    if not timm.is_model(name):
+        # an unknown tag (`resnet50.nope`) has a known stem; anything else gets the nearest names
+        close = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3, cutoff=0.5)
+        raise BadInput(f"--{flag} {name}: timm has no model of that name"
+                       + (f"; did you mean {' or '.join(close)}?" if close else ""))
+    if weights == "imagenet":
+        return _create_pretrained(flag, name, len(classes), say)
+    try:
+        model = timm.create_model(name, pretrained=False, num_classes=len(classes))
+    except RuntimeError as error:
+        raise BadInput(f"--{flag} {name}: {error}") from error
+    if weights != "none":
+        _load_file(model, _weights_file(flag, weights), say)
+    return model
+
+
+def _create_pretrained(flag: str, name: str, classes: int, say: Callable[[str], None]) -> nn.Module:
+    online = hub.reachable()
+    try:
+        model = timm.create_model(name, pretrained=True, num_classes=classes)
+    except Exception as error:  # the client, the Hub and timm each raise their own kinds
+        if not online:
+            raise BadInput(f"--{flag}-weights imagenet: the Hub cannot be reached and the weights of {name} are not "
+                           f"in its cache; give a .safetensors file or a saved folder, or run offline: "
+                           f"python train.py --recipe demo") from error
+        raise BadInput(f"--{flag}-weights imagenet: {name}: {error}") from error
+    declared = model.pretrained_cfg.get("num_classes")
+    if declared not in (None, classes):
+        say(f"{name}: the head of {declared} classes was replaced by a random one of {classes}")
+    return model
+
+
+def _weights_file(flag: str, weights: str) -> Path:
+    path = Path(weights)
+    if path.is_dir():
+        path = path / "model.safetensors"
+    if not path.is_file():
+        raise BadInput(f"--{flag}-weights {weights}: no such file; use imagenet, none, a .safetensors file, or a "
+                       f"folder with model.safetensors")
+    if path.suffix != ".safetensors":
+        raise BadInput(f"--{flag}-weights {weights}: not a .safetensors file; others may run code when they are "
+                       f"opened: convert it with safetensors.torch.save_file")
+    return path
+
+
+def _load_file(model: nn.Module, path: Path, say: Callable[[str], None]) -> None:
+    try:
+        given = safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError, ValueError) as error:
+        raise BadInput(f"{path}: not a readable safetensors file ({error}); get it again") from error
+    wanted = model.state_dict()
+    head = model.pretrained_cfg.get("classifier") or ()  # one name, or a tuple of them
+    heads = tuple(f"{one}." for one in ([head] if isinstance(head, str) else head))
+    replaced = {key for key in wanted if key.startswith(heads) and key in given
+                and given[key].shape != wanted[key].shape} if heads else set()
+    lost = sorted(wanted.keys() - given.keys())
+    odd = sorted(given.keys() - wanted.keys())
+    shapes = sorted(key for key in wanted.keys() & given.keys() - replaced if given[key].shape != wanted[key].shape)
+    for keys, what in ((lost, "is missing"), (odd, "is not part of the model"), (shapes, "has another shape")):
+        if keys:
+            raise BadInput(f"{path}: holds another model than {model.pretrained_cfg['architecture']}: {keys[0]} {what} "
+                           f"({len(lost)} missing, {len(odd)} unknown, {len(shapes)} of another shape)")
+    broken = next((key for key, value in given.items() if value.is_floating_point() and not value.isfinite().all()),
+                  None)
+    if broken:
+        raise BadInput(f"{path}: {broken} holds NaN or infinite weights; get the file again")
+    model.load_state_dict({key: value for key, value in given.items() if key not in replaced}, strict=False)
+    for key in sorted(replaced):
+        if key.endswith("weight"):
+            say(f"{path.name}: the head of {len(given[key])} classes was replaced by a random one of {len(wanted[key])}")
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Eval mode (BatchNorm uses its running statistics and leaves them alone), and no parameter takes a gradient."""
+    return model.eval().requires_grad_(False)
+
+
+def parameters(model: nn.Module) -> int:
+    """The number of trainable and frozen parameters, buffers not counted."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def digest(model: nn.Module) -> str:
+    """SHA-256 (hex) over the names and bytes of the state dict: equal if and only if the weights are."""
+    total = hashlib.sha256()
+    for key, value in model.state_dict().items():
+        total.update(f"{key} {value.dtype} {tuple(value.shape)};".encode())
+        total.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+def save(model: nn.Module, folder: Path, classes: tuple[str, ...], prep: Preprocessing, size: int, card: str) -> None:
+    """Write a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads.
+
+    It holds model.safetensors, config.json (labels, mean, std, size, interpolation) and README.md (`card`). The
+    folder is written whole beside its place and then swapped in, so a reader never meets half of it.
+    """
+    fresh, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+    for leftover in (fresh, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    data_config: dict[str, Any] = {"input_size": (3, size, size), "crop_pct": prep.crop_pct, "mean": prep.mean,
+                                   "std": prep.std, "interpolation": prep.interpolation}
+    plain = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format)  # safetensors takes no other strides
+    try:
+        timm.models.save_for_hf(plain, str(fresh), model_config={"label_names": list(classes)},
+                                safe_serialization=True, data_config=data_config)
+        (fresh / "README.md").write_text(card)
+        for path in fresh.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        if folder.exists():
+            folder.rename(old)
+        fresh.rename(folder)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def load_saved(folder: Path, model: nn.Module) -> nn.Module:
+    """Put the weights of a folder made by `save` into `model` (same architecture)."""
+    model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
+    return model
+
+
+def card(title: str, license: str, dataset: str, scores: dict[str, Any], lines: list[str]) -> str:
+    """A model card: YAML for the Hub (license, dataset, metrics), then `lines` of Markdown."""
+    meta = {"library_name": "timm", "license": license, "tags": ["image-classification", "knowledge-distillation"],
+            "datasets": [dataset], "metrics": ["accuracy", "f1"]}
+    yaml = "\n".join(f"{key}: {json.dumps(value)}" for key, value in meta.items())
+    table = "\n".join(f"| {name} | {value} |" for name, value in scores.items())
+    body = "\n".join(lines)
+    return f"---\n{yaml}\n---\n# {title}\n\n{body}\n\n| | |\n|---|---|\n{table}\n"

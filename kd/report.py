@@ -1,0 +1,75 @@
+"""What a run says: a progress bar, a line an epoch, metrics.jsonl, TensorBoard, the closing table and result.json."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any, Iterable
+
+from tqdm import tqdm
+
+from kd.checkpoint import write_atomic
+
+
+def progress(total: int, label: str, unit: str = "img", initial: int = 0) -> tqdm:
+    """A bar with rate and time left on stderr; silent when that is not a terminal, gone when it is closed."""
+    return tqdm(total=total, initial=initial, desc=label, unit=unit, leave=False, dynamic_ncols=True,
+                smoothing=0.1, disable=not sys.stderr.isatty())
+
+
+class Records:
+    """The files of a run: metrics.jsonl (one object an epoch) and TensorBoard events, from the same history."""
+
+    def __init__(self, out: Path, earlier_seconds: float = 0.0) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+        self.began = time.monotonic() - earlier_seconds
+        self.path = out / "metrics.jsonl"
+        self.board = SummaryWriter(str(out / "tensorboard"))
+
+    def seconds(self) -> float:
+        """Wall time of the run, that of the processes before a resume included."""
+        return time.monotonic() - self.began
+
+    def write(self, history: list[dict[str, Any]]) -> None:
+        """Put down the whole history; its last entry also goes to TensorBoard.
+
+        The file is written anew rather than appended to: after a crash it then holds what the checkpoint holds, no
+        epoch twice and none lost.
+        """
+        write_atomic(self.path, "".join(json.dumps(entry) + "\n" for entry in history).encode())
+        entry = history[-1]
+        for name, value in entry.items():
+            if name not in ("role", "epoch") and isinstance(value, (int, float)):
+                self.board.add_scalar(f"{entry['role']}/{name}", value, entry["epoch"])
+        self.board.flush()
+
+
+def epoch_line(entry: dict[str, Any], epochs: int, best: bool) -> str:
+    """One epoch in one line; the star marks the best so far by validation accuracy."""
+    return (f"{entry['role']:>7} {entry['epoch']:>{len(str(epochs))}}/{epochs}  train loss {entry['train_loss']:.4f}  "
+            f"validation {100 * entry['accuracy']:5.1f} % (macro-F1 {entry['macro_f1']:.3f}, loss {entry['loss']:.3f})  "
+            f"{entry['images_per_second']:6.1f} img/s{'  *' if best else ''}")
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """Teacher, control and student on the test split, and what the teacher was worth."""
+    lines = [f"{'':8} {'model':24} {'test accuracy':>19} {'macro-F1':>9} {'parameters':>11}"]
+    for role, row in rows.items():
+        counts = f"({row['test_correct']}/{row['test_total']})"
+        lines.append(f"{role:8} {row['model']:24} {100 * row['test_accuracy']:7.1f} % {counts:>9} "
+                     f"{row['test_macro_f1']:9.3f} {row['params']:11,}")
+    if "control" in rows:
+        gain = rows["student"]["test_correct"] - rows["control"]["test_correct"]
+        points = 100 * (rows["student"]["test_accuracy"] - rows["control"]["test_accuracy"])
+        lines.append(f"the teacher's gift: {points:+.1f} points ({gain:+d} images of {rows['student']['test_total']})")
+    return "\n".join(lines)
+
+
+def confusion_table(confusion: list[list[int]], classes: Iterable[str]) -> str:
+    """The confusion matrix for people: a row is the true class, a column the predicted one."""
+    names = list(classes)
+    width = max(len(name) for name in names)
+    lines = [f"{'true class':{width}}  predicted as 1, 2, ..."]
+    for name, row in list(zip(names, confusion, strict=True))[:20]:
+        lines.append(f"{name:{width}}  " + " ".join(f"{count:5d}" for count in row[:20]))
+    return "\n".join(lines)

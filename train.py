@@ -1,0 +1,405 @@
+"""Distil a large image classifier into a small one: one file, read from top to bottom.
+
+    python train.py                                             the demo: drawn leaves, no network
+    python train.py --recipe tutorial --dataset beans --control  the Hugging Face tutorial, with a control
+
+A teacher is loaded (and fine-tuned, if asked), then a student learns from its logits and the labels by
+loss = (1 - λ)·CE + λ·T²·KL(teacher‖student), and a control learns from the labels alone. All three are calls of `fit`.
+"""
+
+import dataclasses
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Iterator, NamedTuple
+
+from kd import BadInput, TrainingFault, cli
+from kd.cli import flag
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every flag, its default and its meaning. The defaults are those of the tutorial."""
+
+    recipe: str = flag("demo", "settings to start from; flags override them", ("demo", "tutorial", "best"))
+    dataset: str = flag("beans", "leaves (drawn, offline), a Hub dataset id, or a folder")
+    size: int = flag(224, "side of the square input, in pixels", low=16)
+    epochs: int = flag(30, "epochs of the student and of its control", low=1)
+    batch_size: int = flag(8, "samples a step", low=2)
+    lr: float = flag(5e-5, "peak learning rate of the student (AdamW)", above=0)
+    schedule: str = flag("linear", "decay of the learning rate to zero", ("linear", "cosine"))
+    warmup: float = flag(0.0, "share of the steps over which the learning rate rises from zero", low=0, high=1)
+    weight_decay: float = flag(0.0, "AdamW's decoupled weight decay", low=0)
+    clip: float = flag(1.0, "largest norm of the gradient", above=0)
+    seed: int = flag(0, "decides weights, order and views: the same seed gives the same run", low=0)
+    out: str = flag("", "folder of the run (default: runs/RECIPE)")
+    resume: bool = flag(False, "go on with the run in --out, exactly where it stopped")
+    overwrite: bool = flag(False, "replace the run in --out")
+    teacher: str = flag("resnet50", "timm model that teaches")
+    teacher_weights: str = flag("imagenet", "imagenet (timm's), none, a .safetensors file, or a saved folder")
+    teacher_epochs: int = flag(8, "epochs of fine-tuning before it teaches; 0: as loaded", low=0)
+    teacher_lr: float = flag(3e-4, "peak learning rate of the teacher's fine-tuning", above=0)
+    allow_weak_teacher: bool = flag(False, "teach even where the teacher is near chance")
+    student: str = flag("mobilenetv2_100", "timm model that learns, from random weights")
+    temperature: float = flag(5.0, "T, softens both distributions", above=0)
+    kd_weight: float = flag(0.5, "λ, the teacher's share of the loss", low=0, high=1)
+    loss: str = flag("auto", "implementation of the loss", ("auto", "reference", "fused"))
+    control: bool = flag(False, "also train the same student without the teacher")
+    augment: str = flag("none", "what a view may change", ("none", "flip", "crop", "mixup"))
+    views: int = flag(1, "views a sample: epoch e uses view e mod K; 0: a fresh one every epoch", low=0)
+    cache_dir: str = flag("~/.cache/kd", "where decoded images and the teacher's logits are kept")
+    amp: str = flag("auto", "mixed precision", ("auto", "off", "bf16", "fp16"))
+    compile: str = flag("auto", "torch.compile the student (auto: on CUDA)", ("auto", "on", "off"))
+    device: str = flag("auto", "where to compute", ("auto", "cpu", "cuda"))
+    save_minutes: float = flag(10.0, "a checkpoint at least this often, besides one an epoch", low=0)
+    push_to_hub: str = flag("", "upload the student's folder to this Hub repository at the end")
+
+
+RECIPES: dict[str, dict[str, Any]] = {
+    # a few minutes on two CPU cores, with nothing to download: both models start from random weights
+    "demo": dict(dataset="leaves", size=96, epochs=10, batch_size=32, lr=2e-3, schedule="cosine", warmup=0.1,
+                 weight_decay=0.02, teacher="resnet18", teacher_weights="none", teacher_epochs=6, teacher_lr=1e-3,
+                 augment="flip", views=0, control=True),
+    "tutorial": dict(),
+    "best": dict(),
+}
+
+# what may differ between a run and its continuation; any other change would make it another run
+FREE_ON_RESUME = {"out", "resume", "overwrite", "cache_dir", "save_minutes", "push_to_hub", "device"}
+
+if __name__ == "__main__":  # --help and mistyped flags answer here, before the seconds that torch takes to load
+    try:
+        CONFIG = cli.parse_config(Config, RECIPES, sys.argv[1:], __doc__)
+    except BadInput as error:
+        cli.fail(error, 2)
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kd import checkpoint, health, hub, losses, models, report, runtime
+from kd.augment import SPECS, epoch_batches, load_views, mixed_labels
+from kd.data import open_dataset
+from kd.evaluate import collect_logits, scores
+from kd.images import Data, Split, center_crop, decode
+from kd.logits import LogitStore
+from kd.prefetch import prefetch
+
+
+class Teacher(NamedTuple):
+    """A frozen model, and what it needs to be asked."""
+
+    model: nn.Module
+    prep: models.Preprocessing
+    data: Data          # the same pictures as the student's, resized as this model's declared interpolation says
+    store: LogitStore
+
+
+class Batch(NamedTuple):
+    samples: np.ndarray           # (B,) their numbers in the train split
+    views: Tensor                 # (B, 3, H, W) uint8, channels_last, on the device
+    labels: Tensor                # (B,) int64, or (B, C) probabilities under mixup
+    teacher_logits: Tensor | None  # (B, C), where the store knows them
+
+
+def train_step(student: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+               x: Tensor, labels: Tensor, teacher_logits: Tensor | None, *, loss_fn: Callable[..., Tensor],
+               temperature: float, kd_weight: float, clip: float, run: runtime.Runtime) -> tuple[Tensor, Tensor]:
+    """A single training step: forward, loss, backward, update. Returns the loss and the gradient's norm, both still
+    on the device: nothing in here waits for it."""
+    with run.autocast():
+        logits = student(x)
+    loss = loss_fn(logits, teacher_logits, labels, temperature, kd_weight)
+    scaler.scale(loss).backward()       # the scale keeps fp16 gradients from underflow; it is 1 in other precisions
+    scaler.unscale_(optimizer)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, clip, foreach=True)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.detach(), norm
+
+
+def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup: float) -> float:
+    """Linear rise over the first `warmup` share of the steps, then decay to zero; a pure function of the step."""
+    rise = warmup * steps
+    if step < rise:
+        return peak * (step + 1) / (rise + 1)
+    done = (step - rise) / max(steps - rise, 1)
+    return peak * (1 - done if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def load_batches(cfg: Config, data: Data, batches: list[np.ndarray], view: int, teacher: Teacher | None,
+                 device: torch.device) -> Iterator[Batch]:
+    """What the steps of an epoch need, made ahead of them on CUDA (see kd/prefetch.py)."""
+    split = data.train
+    for samples in batches:
+        views, others, share = load_views(split.frames.read, len(split.labels), samples, seed=cfg.seed, view=view,
+                                          size=cfg.size, spec=SPECS[cfg.augment], device=device)
+        labels = split.labels[samples]
+        if others is not None:
+            labels = mixed_labels(labels, split.labels[others], share, len(data.classes))
+        known = teacher.store.get(view, samples) if teacher else None
+        yield Batch(samples, views, torch.from_numpy(labels).to(device, non_blocking=True),
+                    known.to(device, non_blocking=True) if known is not None else None)
+
+
+def ask_teacher(cfg: Config, teacher: Teacher, batch: Batch, view: int, data: Data, run: runtime.Runtime) -> Tensor:
+    """The teacher's logits of a batch, live: the same views, with the teacher's own mean, std and interpolation."""
+    views = batch.views
+    if teacher.data is not data:
+        views, _, _ = load_views(teacher.data.train.frames.read, len(data.train.labels), batch.samples, seed=cfg.seed,
+                                 view=view, size=cfg.size, spec=SPECS[cfg.augment], device=run.device)
+    with torch.no_grad(), run.autocast():
+        return teacher.model(models.normalize(views, teacher.prep)).float()
+
+
+def predict(model: nn.Module, split: Split, prep: models.Preprocessing, cfg: Config, run: runtime.Runtime,
+            label: str, stop: Callable[[], None]) -> np.ndarray:
+    """Logits `(N, C)` of a split under timm's eval transform (resize, centre crop, normalise)."""
+    batch_size = max(32, cfg.batch_size)
+
+    def inputs(samples: np.ndarray) -> Tensor:
+        pixels = torch.from_numpy(center_crop(split.frames.read(samples), cfg.size)).to(run.device)
+        return models.normalize(pixels.permute(0, 3, 1, 2), prep)
+
+    model.eval()
+    with report.progress(len(split.labels), label) as bar, run.autocast():
+        def step() -> None:
+            stop()
+            bar.update(batch_size)
+        return collect_logits(model, inputs, len(split.labels), batch_size, step)
+
+
+def fit(role: str, model: nn.Module, prep: models.Preprocessing, data: Data, cfg: Config, run: runtime.Runtime,
+        out: Path, *, epochs: int, lr: float, kd_weight: float, teacher: Teacher | None, state: dict[str, Any], stop: runtime.Stop,
+        records: report.Records) -> None:
+    """Train `model`; its best weights by validation accuracy go to `out/role`.
+
+    `state` is the run's checkpoint: what is in it is taken up again, and it is saved to `out/last.ckpt` every epoch,
+    every few minutes and on a signal. Raises Stopped after a signal and TrainingFault where the loss or its gradient
+    is not finite.
+    """
+    forward = torch.compile(model) if run.compile else model
+    loss_fn, _ = losses.choose_loss(cfg.loss, run.device, len(data.classes), SPECS[cfg.augment].mixup > 0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=cfg.weight_decay, fused=True)
+    scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp is torch.float16)
+    samples, validation = len(data.train.labels), data.validation
+    steps_an_epoch = len(epoch_batches(cfg.seed, 0, samples, cfg.batch_size))
+
+    # everything that a resumed run needs: the rest follows from (seed, epoch, step)
+    at = {"role": role, "epoch": 0, "step": 0, "loss_sum": 0.0, "train_seconds": 0.0, "best": -1.0, "best_epoch": 0}
+    if "model" in state:
+        model.load_state_dict(state.pop("model"))
+        optimizer.load_state_dict(state.pop("optimizer"))
+        scaler.load_state_dict(state.pop("scaler"))
+        at = state.pop("at")
+    loss_sum = torch.tensor(at["loss_sum"], dtype=torch.float64, device=run.device)
+    steps_health = health.start(run.device)
+    last_save = clock = time.monotonic()
+
+    def save() -> None:
+        nonlocal last_save, clock
+        health.check(steps_health, role, run.amp)  # a NaN must never reach the disk
+        at["loss_sum"] = loss_sum.item()
+        at["train_seconds"] += time.monotonic() - clock
+        if teacher:
+            teacher.store.flush()
+        checkpoint.save(out / "last.ckpt", {**state, "seconds": records.seconds(), "at": at,
+                                            "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                                            "scaler": scaler.state_dict()})
+        last_save = clock = time.monotonic()
+        if stop.signal:
+            raise runtime.Stopped(stop.signal)
+
+    for epoch in range(at["epoch"], epochs):
+        view = epoch % cfg.views if cfg.views else epoch
+        batches = epoch_batches(cfg.seed, epoch, samples, cfg.batch_size)[at["step"]:]
+        model.train()
+        clock = time.monotonic()
+        with report.progress(samples, f"{role} {epoch + 1}/{epochs}", initial=at["step"] * cfg.batch_size) as bar:
+            for batch in prefetch(load_batches(cfg, data, batches, view, teacher, run.device), run.device):
+                step = epoch * steps_an_epoch + at["step"]
+                torch.manual_seed(cfg.seed * 1_000_003 + step)  # dropout, where a model has any, is keyed as well
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(step, epochs * steps_an_epoch, lr, cfg.schedule, cfg.warmup)
+                soft = None
+                if teacher:
+                    soft = teacher.store.logits(view, batch.samples, batch.teacher_logits,
+                                                lambda: ask_teacher(cfg, teacher, batch, view, data, run))
+                # ---- a single training step ----
+                loss, norm = train_step(forward, optimizer, scaler, models.normalize(batch.views, prep), batch.labels,
+                                        soft, loss_fn=loss_fn, temperature=cfg.temperature, kd_weight=kd_weight,
+                                        clip=cfg.clip, run=run)
+                # --------------------------------
+                at["step"] += 1
+                loss_sum += loss * len(batch.samples)
+                health.track(steps_health, loss, norm, step)
+                bar.update(len(batch.samples))
+                if at["step"] % 50 == 0 and not bar.disable:
+                    bar.set_postfix(loss=f"{loss.item():.3f}")  # note: waits for the device
+                if stop.signal or time.monotonic() - last_save > 60 * cfg.save_minutes:
+                    save()
+        health.check(steps_health, role, run.amp)
+        train_loss = loss_sum.item() / samples
+        seconds = at["train_seconds"] + time.monotonic() - clock
+        logits = predict(model, validation, prep, cfg, run, f"{role} validation",
+                         lambda: save() if stop.signal else None)
+        result = scores(logits, validation.labels)
+        entry = {"role": role, "epoch": epoch + 1, "train_loss": train_loss,
+                 **{key: result[key] for key in ("accuracy", "macro_f1", "loss", "calibration_error", "correct")},
+                 "lr": lr, "images_per_second": samples / seconds, "seconds": seconds,
+                 "teacher_batches": teacher.store.teacher_batches if teacher else 0}
+        improved = result["accuracy"] > at["best"]
+        if improved:
+            at.update(best=result["accuracy"], best_epoch=epoch + 1)
+            models.save(model, out / role, data.classes, prep, cfg.size, model_card(cfg, role, at))
+        print(report.epoch_line(entry, epochs, improved), flush=True)
+        state["history"].append(entry)
+        records.write(state["history"])
+        at.update(epoch=epoch + 1, step=0, train_seconds=0.0)
+        loss_sum.zero_()
+        clock = time.monotonic()
+        save()
+
+
+def model_card(cfg: Config, role: str, facts: dict[str, Any]) -> str:
+    """The README.md of a saved folder."""
+    name = cfg.teacher if role == "teacher" else cfg.student
+    lines = [f"`{name}`, trained on `{cfg.dataset}` at {cfg.size} px as the {role} of a distillation "
+             f"(T = {cfg.temperature:g}, λ = {cfg.kd_weight:g}, teacher `{cfg.teacher}`).",
+             "", f'Load it with `timm.create_model("local-dir:FOLDER", pretrained=True)`.']
+    return models.card(f"{name} on {cfg.dataset}", "apache-2.0", cfg.dataset, facts, lines)
+
+
+def main(cfg: Config) -> dict[str, Any]:
+    """The whole run; returns what result.json holds. Raises BadInput, TrainingFault or Stopped."""
+    cli.check(cfg)
+    out, state = checkpoint.open_run(Path(cfg.out or f"runs/{cfg.recipe}"), dataclasses.asdict(cfg), FREE_ON_RESUME,
+                                     cfg.resume, cfg.overwrite)
+    state = state or {"history": [], "done": [], "seconds": 0.0}
+    if (out / "result.json").exists():
+        print(f"{out} is finished: nothing to do")
+        return json.loads((out / "result.json").read_text())
+    stop = runtime.Stop()
+    stop.install()
+    records = report.Records(out, state["seconds"])
+
+    # 1 runtime
+    run = runtime.start(cfg.device, cfg.amp, cfg.compile)
+
+    # 2 data, as the student declares its input
+    dataset = open_dataset(cfg.dataset, cfg.seed)
+    torch.manual_seed(cfg.seed)
+    student = models.create("student", cfg.student, dataset.classes).to(run.device, memory_format=torch.channels_last)
+    prep = models.preprocessing(student)
+    cache = Path(cfg.cache_dir).expanduser()
+
+    def decoded(interpolation: str) -> Data:
+        return decode(dataset, size=cfg.size, crop_pct=prep.crop_pct, interpolation=interpolation, cache_dir=cache)
+
+    data = decoded(prep.interpolation)
+
+    # 3 teacher: load it, and fine-tune it by the same loop
+    torch.manual_seed(cfg.seed)
+    teacher_model = models.create("teacher", cfg.teacher, data.classes, cfg.teacher_weights)
+    teacher_model.to(run.device, memory_format=torch.channels_last)
+    # one crop for both, the student's; mean, std and interpolation are each model's own
+    teacher_prep = models.preprocessing(teacher_model)._replace(crop_pct=prep.crop_pct)
+    same = teacher_prep.interpolation == prep.interpolation
+    teacher_data = data if same else decoded(teacher_prep.interpolation)
+    print(f"{run.line} | {dataset.name}: {len(data.train.labels)} + {len(data.validation.labels)} + "
+          f"{len(data.test.labels)} pictures, {len(data.classes)} classes, {cfg.size} px | teacher {cfg.teacher} "
+          f"({models.parameters(teacher_model):,}) | student {cfg.student} ({models.parameters(student):,}) | "
+          f"loss {losses.choose_loss(cfg.loss, run.device, len(data.classes), SPECS[cfg.augment].mixup > 0)[1]}")
+
+    def trained(role: str, model: nn.Module, prep: models.Preprocessing, on: Data, epochs: int, lr: float,
+                kd_weight: float, teacher: Teacher | None) -> nn.Module:
+        if role not in state["done"]:
+            fit(role, model, prep, on, cfg, run, out, epochs=epochs, lr=lr, kd_weight=kd_weight, teacher=teacher,
+                state=state, stop=stop, records=records)
+            state["done"].append(role)
+        return models.load_saved(out / role, model)
+
+    if cfg.teacher_epochs:
+        trained("teacher", teacher_model, teacher_prep, teacher_data, cfg.teacher_epochs, cfg.teacher_lr, 0.0, None)
+    models.freeze(teacher_model)
+
+    def asked(split: Split, label: str) -> np.ndarray:
+        return predict(teacher_model, split, teacher_prep, cfg, run, label, lambda: None)
+
+    on_validation = scores(asked(teacher_data.validation, "teacher validation"), data.validation.labels)
+    teacher_test_logits = asked(teacher_data.test, "teacher test")
+    on_test = scores(teacher_test_logits, data.test.labels)
+    print(f"teacher: validation {100 * on_validation['accuracy']:.1f} %, test {100 * on_test['accuracy']:.1f} % "
+          f"({on_test['correct']}/{on_test['total']})")
+    refuse_weak_teacher(cfg, on_validation["accuracy"], data.validation.labels)
+
+    # 4 the teacher's logits, kept for good under all that decides them
+    store = LogitStore(cache / "logits", dict(
+        teacher=models.digest(teacher_model), name=cfg.teacher, prep=teacher_prep, size=cfg.size, seed=cfg.seed,
+        augment=SPECS[cfg.augment], frames=teacher_data.train.frames.digest, amp=str(run.amp),
+        device=run.device.type, torch=torch.__version__), len(data.train.labels), len(data.classes))
+    teacher = Teacher(teacher_model, teacher_prep, teacher_data, store)
+
+    # 5 the control (the same student, the same recipe, no teacher), then the student
+    contestants = {"student": (student, cfg.kd_weight, teacher)} if cfg.kd_weight else {"student": (student, 0.0, None)}
+    if cfg.control:
+        torch.manual_seed(cfg.seed)  # the very weights that the student starts from
+        control = models.create("student", cfg.student, data.classes)
+        contestants = {"control": (control.to(run.device, memory_format=torch.channels_last), 0.0, None), **contestants}
+    rows = {"teacher": test_row(cfg.teacher, teacher_model, on_test, on_validation["accuracy"])}
+    for role, (model, kd_weight, by) in contestants.items():
+        trained(role, model, prep, data, cfg.epochs, cfg.lr, kd_weight, by)
+
+        # 6 the best-by-validation weights, once, on test
+        logits = predict(model, data.test, prep, cfg, run, f"{role} test", lambda: None)
+        best = max(entry["accuracy"] for entry in state["history"] if entry["role"] == role)
+        rows[role] = test_row(cfg.student, model, scores(logits, data.test.labels, teacher_test_logits), best)
+
+    # 7 report
+    print(report.confusion_table(rows["student"]["confusion"], data.classes))
+    print(report.table(rows))
+    rates = [entry["images_per_second"] for entry in state["history"] if entry["role"] == "student"]
+    result = {**rows, "images_per_second": float(np.median(rates)), "seconds": records.seconds(),
+              "teacher_batches": store.teacher_batches, "config": dataclasses.asdict(cfg),
+              "environment": runtime.environment(), "commit": runtime.commit()}
+    for role, row in rows.items():
+        if (out / role).exists():
+            checkpoint.write_atomic(out / role / "README.md", model_card(cfg, role, row).encode())
+    checkpoint.write_atomic(out / "result.json", json.dumps(result, indent=2).encode())
+    if cfg.push_to_hub:
+        print(hub.push_folder(str(out / "student"), cfg.push_to_hub, "kd: the best student by validation accuracy"))
+    return result
+
+
+def test_row(name: str, model: nn.Module, result: dict[str, Any], validation: float) -> dict[str, Any]:
+    """One row of result.json."""
+    row = {"model": name, "params": models.parameters(model), "validation_accuracy": validation}
+    for key in ("accuracy", "macro_f1", "correct", "total"):
+        row[f"test_{key}"] = result[key]
+    return {**row, **{key: value for key, value in result.items() if f"test_{key}" not in row}}
+
+
+def refuse_weak_teacher(cfg: Config, accuracy: float, labels: np.ndarray) -> None:
+    """Raise BadInput where the teacher does no better than a constant answer, within two standard errors."""
+    share = np.bincount(labels).max() / len(labels)
+    chance = share + 2 * math.sqrt(share * (1 - share) / len(labels))
+    if accuracy <= chance and not cfg.allow_weak_teacher:
+        raise BadInput(f"--teacher {cfg.teacher}: {100 * accuracy:.1f} % on validation is near chance "
+                       f"({100 * share:.1f} %): its soft targets would be noise; fine-tune it with --teacher-epochs, "
+                       f"give trained --teacher-weights, or insist with --allow-weak-teacher")
+
+
+if __name__ == "__main__":
+    try:
+        print(json.dumps(main(CONFIG)))
+    except BadInput as error:
+        cli.fail(error, 2)
+    except TrainingFault as error:
+        cli.fail(error, 1)
+    except runtime.Stopped as error:
+        cli.fail(error, error.status)
