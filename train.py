@@ -326,6 +326,8 @@ def main(cfg: Config) -> dict[str, Any]:
 
     if cfg.teacher_epochs:
         trained("teacher", teacher_model, teacher_prep, teacher_data, cfg.teacher_epochs, cfg.teacher_lr, 0.0, None)
+    else:
+        models.save(teacher_model, out / "teacher", data.classes, teacher_prep, cfg.size, model_card(cfg, "teacher", {}))
     models.freeze(teacher_model)
 
     def asked(split: Split, label: str) -> np.ndarray:

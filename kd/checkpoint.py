@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any, Callable
@@ -59,12 +60,15 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The state in one file. Raises ValueError where it is truncated, altered, or no checkpoint at all."""
+    """The state in one file. Raises ValueError where it is truncated, altered, or holds more than plain data."""
     content = path.read_bytes()
     head, payload = content[:len(MAGIC) + 32], content[len(MAGIC) + 32:]
     if head != MAGIC + hashlib.sha256(payload).digest():
         raise ValueError(f"{path} is damaged: its checksum does not match")
-    return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    try:
+        return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:  # a valid checksum, but not by our hand
+        raise ValueError(f"{path} holds something else than tensors and numbers; not opened") from error
 
 
 def load(path: Path, say: Callable[[str], None] = print) -> dict[str, Any] | None:

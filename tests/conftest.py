@@ -1,0 +1,52 @@
+"""A tiny data set on disk and a tiny configuration that trains on it in seconds."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import train
+
+CLASSES = ("blob", "plain", "stripes")
+
+
+def draw(kind: str, generator: np.random.Generator, side: int = 40) -> Image.Image:
+    """A noisy picture of one of three kinds, any colour."""
+    y, x = np.mgrid[:side, :side]
+    colour = generator.integers(60, 200, 3)
+    shape = {"stripes": (x + generator.integers(8)) // 4 % 2, "plain": np.zeros((side, side)),
+             "blob": (x - generator.integers(12, 28)) ** 2 + (y - generator.integers(12, 28)) ** 2 < 70}[kind]
+    pixels = colour + shape[..., None] * generator.choice([-50, 50]) + generator.normal(0, 6, (side, side, 3))
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    """An image folder: 42 + 12 + 12 pictures of 40 × 40 in three classes."""
+    root, generator = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for split, count in (("train", 14), ("validation", 4), ("test", 4)):
+        for kind in CLASSES:
+            folder = root / split / kind
+            folder.mkdir(parents=True)
+            for i in range(count):
+                draw(kind, generator).save(folder / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def tiny(photos, tmp_path) -> train.Config:
+    """A run of a few seconds; `dataclasses.replace` changes what a test is about."""
+    return train.Config(recipe="tutorial", dataset=str(photos), size=32, epochs=2, batch_size=8, lr=2e-3,
+                        teacher="test_resnet", teacher_weights="none", teacher_epochs=1, teacher_lr=2e-3,
+                        allow_weak_teacher=True, student="test_efficientnet", out=str(tmp_path / "run"),
+                        cache_dir=str(tmp_path / "cache"), device="cpu")
+
+
+@pytest.fixture(scope="session")
+def beans() -> str:
+    """The real photographs: the folder that KD_BEANS names."""
+    if "KD_BEANS" not in os.environ:
+        pytest.skip("KD_BEANS does not name the folder of the beans photographs")
+    return os.environ["KD_BEANS"]

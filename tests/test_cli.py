@@ -1,0 +1,60 @@
+"""Flags: defaults, recipes and flags override each other in that order; a mistake is one line that helps."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import train
+from kd import BadInput, cli
+
+ROOT = Path(__file__).parent.parent
+
+
+def parse(*argv: str) -> train.Config:
+    return cli.parse_config(train.Config, train.RECIPES, list(argv), "")
+
+
+def test_flags_override_the_recipe_which_overrides_the_defaults():
+    assert parse("--recipe", "tutorial").lr == train.Config().lr == 5e-5
+    assert parse().recipe == "demo" and parse().dataset == "leaves"
+    assert parse("--lr", "0.5", "--control").lr == 0.5
+    assert parse("--recipe", "tutorial").control is False
+    assert parse("--recipe", "tutorial", "--control").control is True
+
+
+def test_the_recipes_only_set_what_is_a_flag():
+    for name in train.RECIPES:
+        assert parse("--recipe", name).recipe == name
+
+
+@pytest.mark.parametrize("argv, expected", [
+    (["--recipe", "demmo"], "--recipe demmo: not one of its values; did you mean demo?"),
+    (["--teacher-weight", "none"], "unknown argument --teacher-weight; did you mean --teacher-weights"),
+    (["--amp", "bf61"], "--amp bf61: not one of its values; did you mean bf16"),
+    (["--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
+    (["--epochs", "0"], "--epochs 0: must be at least 1"),
+    (["--kd-weight", "1.5"], "--kd-weight 1.5: must be at least 0 and at most 1"),
+    (["--temperature", "0"], "--temperature 0.0: must be above 0"),
+    (["--lr", "nan"], "--lr nan: must be above 0"),
+    (["--lr", "inf"], "--lr inf: must be above 0"),
+])
+def test_a_mistake_is_named(argv, expected):
+    with pytest.raises(BadInput) as caught:
+        parse(*argv)
+    assert str(caught.value).startswith(expected)
+
+
+def test_help_answers_before_torch_is_imported():
+    begin = time.monotonic()
+    done = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "--kd-weight" in done.stdout and done.stderr == ""
+    assert time.monotonic() - begin < 1
+
+
+def test_a_mistake_leaves_with_status_2_and_one_line():
+    done = subprocess.run([sys.executable, "train.py", "--recipe", "nope"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "train.py: error: --recipe nope: not one of its values; known: demo, tutorial, best\n"

@@ -1,0 +1,106 @@
+"""The logit store: a row is what the teacher gave, to the bit, or it is not known."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kd import BadInput
+from kd.logits import LogitStore
+
+ROWS = torch.randn(20, 5, generator=torch.Generator().manual_seed(0))
+
+
+def store(folder: Path, key: dict | None = None) -> LogitStore:
+    return LogitStore(folder, key or {"teacher": "a"}, samples=20, classes=5)
+
+
+def fill(folder: Path, view: int = 0) -> LogitStore:
+    filled = store(folder)
+    filled.put(view, np.arange(20), ROWS)
+    filled.flush()
+    return filled
+
+
+def test_a_hit_returns_the_very_bits_also_in_another_order_and_process(tmp_path):
+    fill(tmp_path)
+    order = np.random.default_rng(1).permutation(20)
+    found = store(tmp_path).get(0, order)
+    assert found is not None and torch.equal(found, ROWS[order])
+
+
+def test_what_was_not_put_is_not_known(tmp_path):
+    half = store(tmp_path)
+    half.put(0, np.arange(10), ROWS[:10])
+    assert half.get(0, np.arange(3)) is None  # remembered, but nothing is written before flush
+    half.flush()
+    assert half.get(0, np.arange(10)) is not None
+    assert half.get(0, np.array([9, 10])) is None and half.get(1, np.arange(3)) is None
+
+
+def test_another_key_is_another_store(tmp_path):
+    fill(tmp_path)
+    assert store(tmp_path, {"teacher": "b"}).get(0, np.arange(20)) is None
+
+
+def test_every_flipped_bit_is_noticed(tmp_path):
+    folder = fill(tmp_path).folder
+    generator = np.random.default_rng(2)
+    for name in ("view-0.f32", "view-0.sum"):
+        whole = (folder / name).read_bytes()
+        for bit in generator.choice(8 * len(whole), 100, replace=False):
+            damaged = bytearray(whole)
+            damaged[bit // 8] ^= 1 << bit % 8
+            (folder / name).write_bytes(damaged)
+            row = bit // 8 // (20 if name.endswith("f32") else 8)
+            again = store(tmp_path)
+            assert again.get(0, np.array([row])) is None
+            others = np.delete(np.arange(20), row)
+            found = again.get(0, others)
+            assert found is not None and torch.equal(found, ROWS[others])
+        (folder / name).write_bytes(whole)
+
+
+def test_a_row_cannot_pass_for_its_neighbour_or_for_another_view(tmp_path):
+    filled = fill(tmp_path)
+    for name in ("f32", "sum"):
+        path = filled.folder / f"view-0.{name}"
+        width = path.stat().st_size // 20
+        content = path.read_bytes()
+        (filled.folder / f"view-1.{name}").write_bytes(content)
+        path.write_bytes(content[width:2 * width] + content[width:])  # row 1 in the place of row 0
+    again = store(tmp_path)
+    assert again.get(0, np.array([0])) is None and again.get(0, np.array([1])) is not None
+    assert again.get(1, np.array([1])) is None
+
+
+def test_a_truncated_file_loses_its_rows_and_nothing_else(tmp_path):
+    path = fill(tmp_path).folder / "view-0.f32"
+    path.write_bytes(path.read_bytes()[:10 * 20 + 7])
+    again = store(tmp_path)
+    assert again.get(0, np.arange(10)) is not None and again.get(0, np.array([10])) is None
+
+
+def test_the_teacher_is_asked_only_for_what_is_not_known(tmp_path):
+    first, calls = store(tmp_path), []
+
+    def ask(samples: np.ndarray) -> torch.Tensor:
+        calls.append(len(samples))
+        return ROWS[samples]
+
+    for batch in np.split(np.random.default_rng(3).permutation(20), [8, 16]):
+        first.logits(0, batch, first.get(0, batch), lambda: ask(batch))
+    first.flush()
+    assert calls == [8, 8, 4] and first.teacher_batches == 3
+    second = store(tmp_path)
+    for batch in np.split(np.arange(20), [5, 10, 15]):
+        answer = second.logits(0, batch, second.get(0, batch), lambda: ask(batch))
+        assert torch.equal(answer, ROWS[batch])
+    assert len(calls) == 3 and second.teacher_batches == 0
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "logits").write_text("a file")
+    with pytest.raises(BadInput, match="--cache-dir"):
+        store(tmp_path / "logits")

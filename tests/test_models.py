@@ -1,0 +1,116 @@
+"""timm models in and out: names, weights, heads, folders that timm loads by itself."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from timm.data import resolve_data_config
+
+from kd import BadInput, models
+
+CLASSES = ("angular", "rust", "healthy")
+
+
+def make(weights: str = "none", name: str = "test_resnet", classes: tuple[str, ...] = CLASSES, said: list | None = None):
+    return models.create("teacher", name, classes, weights, (said if said is not None else []).append)
+
+
+def test_a_model_has_one_output_a_class_and_random_weights_from_the_seed():
+    torch.manual_seed(0)
+    one = make()
+    torch.manual_seed(0)
+    assert models.digest(make()) == models.digest(one)
+    assert models.digest(make()) != models.digest(one)
+    assert one(torch.zeros(2, 3, 32, 32)).shape == (2, 3)
+
+
+@pytest.mark.parametrize("name, hint", [("resnet5O", "resnet50"), ("mobilenet_v2_100", "mobilenetv2_100")])
+def test_an_unknown_model_is_named_with_its_neighbours(name, hint):
+    with pytest.raises(BadInput, match=f"--teacher {name}: .*{hint}"):
+        make(name=name)
+
+
+def test_weights_come_from_a_file_and_a_head_of_another_size_is_replaced(tmp_path):
+    big = make(classes=tuple("abcdefg"))
+    safetensors.torch.save_file(big.state_dict(), tmp_path / "big.safetensors")
+    said: list[str] = []
+    small = make(str(tmp_path / "big.safetensors"), said=said)
+    assert said == ["big.safetensors: the head of 7 classes was replaced by a random one of 3"]
+    for key, value in small.state_dict().items():
+        assert key.startswith("fc.") or torch.equal(value, big.state_dict()[key]), key
+    same = make(str(tmp_path / "big.safetensors"), classes=tuple("abcdefg"), said=said)
+    assert models.digest(same) == models.digest(big) and len(said) == 1
+
+
+def test_weights_that_cannot_be_used_are_named(tmp_path):
+    good = make().state_dict()
+    cases = {
+        "absent.safetensors": (None, "no such file"),
+        "weights.pt": (b"x", "not a .safetensors file"),
+        "corrupt.safetensors": (b"x" * 100, "not a readable safetensors file"),
+        "empty.safetensors": (b"", "not a readable safetensors file"),
+        "other.safetensors": (make(name="test_efficientnet").state_dict(), "holds another model than test_resnet"),
+        "nan.safetensors": ({**good, "conv1.0.weight": good["conv1.0.weight"] * torch.nan}, "NaN or infinite"),
+    }
+    for name, (content, expected) in cases.items():
+        if isinstance(content, bytes):
+            (tmp_path / name).write_bytes(content)
+        elif content:
+            safetensors.torch.save_file(content, tmp_path / name)
+        with pytest.raises(BadInput, match=expected) as caught:
+            make(str(tmp_path / name))
+        assert name in str(caught.value)
+
+
+def test_an_unreachable_hub_is_one_line_within_20_seconds(tmp_path):
+    # 10.255.255.1 would hang; a closed loopback port and a proxy-free environment answer at once, as no network does
+    code = ("import kd.models, kd; "
+            "kd.models.create('teacher', 'resnet18', ('a', 'b'), 'imagenet')")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env={
+        "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "PATH": "", "HOME": str(tmp_path)})
+    assert "BadInput: --teacher-weights imagenet: the Hub cannot be reached" in done.stderr
+    assert "python train.py --recipe demo" in done.stderr
+
+
+def test_a_saved_folder_is_a_timm_model_with_its_preprocessing(tmp_path):
+    model = make().to(memory_format=torch.channels_last).eval()
+    prep = models.Preprocessing((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bilinear", 0.9)
+    for _ in range(2):  # the second replaces the first
+        models.save(model, tmp_path / "student", CLASSES, prep, 48, "---\n---\n# card\n")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["student"]
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'student'}", pretrained=True).eval()
+    x = torch.randn(2, 3, 48, 48)
+    assert torch.equal(loaded(x), model.to(memory_format=torch.contiguous_format)(x))
+    config = resolve_data_config({}, model=loaded)
+    assert config == {"input_size": (3, 48, 48), "interpolation": "bilinear", "mean": list(prep.mean),
+                      "std": list(prep.std), "crop_pct": 0.9, "crop_mode": "center"}
+    assert json.loads((tmp_path / "student" / "config.json").read_text())["label_names"] == list(CLASSES)
+    assert models.digest(make(str(tmp_path / "student"))) == models.digest(model)
+
+
+def test_normalize_is_what_timm_does():
+    from PIL import Image
+    model = make()
+    pixels = torch.randint(0, 256, (1, 32, 32, 3), dtype=torch.uint8)
+    config = {**resolve_data_config({}, model=model), "input_size": (3, 32, 32), "crop_pct": 1.0}
+    expected = timm.data.create_transform(**config)(Image.fromarray(pixels[0].numpy()))
+    assert torch.allclose(models.normalize(pixels.permute(0, 3, 1, 2), models.preprocessing(model))[0], expected,
+                          atol=1e-6)
+
+
+def test_a_frozen_teacher_does_not_move():
+    teacher = models.freeze(make())
+    before = models.digest(teacher)
+    teacher(torch.randn(4, 3, 32, 32) * 5 + 3)
+    assert models.digest(teacher) == before  # BatchNorm's running statistics are part of the digest
+    assert not any(p.requires_grad for p in teacher.parameters()) and not teacher.training
+
+
+def test_parameters_of_the_default_pair():
+    # the counts that the literature gives for ImageNet's head: 25.6 M and 3.5 M
+    counts = [models.parameters(timm.create_model(name)) for name in ("resnet50", "mobilenetv2_100")]
+    assert counts == [25_557_032, 3_504_872]

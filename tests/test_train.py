@@ -1,0 +1,275 @@
+"""The loop: one step against a step written by hand, whole runs on a tiny configuration, and processes that are killed."""
+
+import copy
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import train
+from kd import BadInput, TrainingFault, checkpoint, losses, models, runtime
+from kd.pictures import open_picture, to_frame
+
+ROOT = Path(__file__).parent.parent
+
+
+def command(config: train.Config, *more: str) -> list[str]:
+    """The command line that gives `config`."""
+    line = [sys.executable, "train.py", *more]
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        option = "--" + field.name.replace("_", "-")
+        if value is True:
+            line.append(option)
+        elif not isinstance(value, bool) and value != "":
+            line += [option, str(value)]
+    return line
+
+
+def identical(a, b, place: str = "") -> None:
+    """Assert that two checkpoints are the same at tolerance 0, naming the first place where they are not."""
+    assert type(a) is type(b), place
+    if isinstance(a, dict):
+        assert list(a) == list(b), place
+        for key in a:
+            if key not in ("seconds", "train_seconds", "images_per_second"):
+                identical(a[key], b[key], f"{place}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), place
+        for i, (one, other) in enumerate(zip(a, b, strict=True)):
+            identical(one, other, f"{place}[{i}]")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), place
+    else:
+        assert a == b, place
+
+
+def test_one_step_is_the_step_that_one_would_write_by_hand():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
+    twin = copy.deepcopy(model)
+    x, labels, soft = torch.randn(6, 3, 2, 2), torch.randint(3, (6,)), torch.randn(6, 3)
+    run = runtime.start("cpu", "off", "off")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.0, fused=True)
+    for step in range(3):
+        loss, norm = train.train_step(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), x, labels, soft,
+                                      loss_fn=losses.kd_loss, temperature=5.0, kd_weight=0.5, clip=0.7, run=run)
+        logits = twin(x)
+        expected = 0.5 * F.cross_entropy(logits, labels) + 0.5 * 25 * F.kl_div(
+            F.log_softmax(logits / 5, 1), F.softmax(soft / 5, 1), reduction="batchmean")
+        gradients = torch.autograd.grad(expected, list(twin.parameters()))
+        total = math.sqrt(sum(float(g.square().sum()) for g in gradients))
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        assert norm.item() == pytest.approx(total, rel=1e-5)
+        if step == 0:  # Adam's first step moves every weight by lr against the sign of its gradient
+            for before, now, gradient in zip(twin.parameters(), model.parameters(), gradients, strict=True):
+                moved = now - before
+                clear = gradient.abs() > 1e-4
+                assert torch.allclose(moved[clear], -0.1 * gradient[clear].sign(), atol=1e-3)
+        twin.load_state_dict(model.state_dict())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_the_learning_rate_rises_and_falls_as_the_flags_say():
+    rates = [train.learning_rate(step, 100, 1.0, "linear", 0.1) for step in range(100)]
+    assert rates[0] == pytest.approx(1 / 11) and rates[10] == 1.0 and rates[55] == pytest.approx(0.5)
+    assert train.learning_rate(50, 100, 2.0, "cosine", 0.0) == pytest.approx(1.0)
+    # the tutorial's own: linear from the peak to zero, no warm-up
+    assert [train.learning_rate(step, 4, 1.0, "linear", 0.0) for step in range(4)] == [1.0, 0.75, 0.5, 0.25]
+
+
+def test_a_run_leaves_what_it_promises(tiny, capsys):
+    config = dataclasses.replace(tiny, control=True)
+    result = train.main(config)
+    out = Path(config.out)
+    assert json.loads((out / "result.json").read_text()) == json.loads(json.dumps(result))
+    for role in ("teacher", "control", "student"):
+        row = result[role]
+        assert row["test_accuracy"] == row["test_correct"] / row["test_total"] and row["test_total"] == 12
+        assert row["test_correct"] == sum(row["confusion"][i][i] for i in range(3))
+        loaded = timm.create_model(f"local-dir:{out / role}", pretrained=True)
+        assert models.parameters(loaded) == row["params"]
+    assert result["config"] == dataclasses.asdict(config) and result["environment"]["torch"] == torch.__version__
+    assert result["images_per_second"] > 0 and result["seconds"] > 0
+    history = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [(entry["role"], entry["epoch"]) for entry in history] == [
+        ("teacher", 1), ("control", 1), ("control", 2), ("student", 1), ("student", 2)]
+    # K = 1: the teacher is asked for each sample once, in the first epoch: ceil(42 / 8) batches
+    assert [entry["teacher_batches"] for entry in history[3:]] == [6, 6]
+    best = max(entry["accuracy"] for entry in history if entry["role"] == "student")
+    assert result["student"]["validation_accuracy"] == best
+    said = capsys.readouterr().out
+    assert "the teacher's gift" in said and "(" + str(result["student"]["test_correct"]) + "/12)" in said
+    assert list((out / "tensorboard").glob("events*"))
+
+
+def test_the_second_run_gives_the_same_student_and_never_calls_the_teacher(tiny):
+    config = dataclasses.replace(tiny, views=2, augment="crop", epochs=3)
+    first = train.main(config)
+    second = train.main(dataclasses.replace(config, out=config.out + "-again"))
+    assert first["teacher_batches"] == 12 and second["teacher_batches"] == 0
+    assert first["student"] == second["student"]
+    one, other = (checkpoint.read(Path(o) / "last.ckpt") for o in (config.out, config.out + "-again"))
+    identical(one["model"], other["model"])
+
+
+def test_stored_logits_are_the_live_teachers_under_shuffles_epochs_batch_sizes_and_mixup(tiny):
+    config = dataclasses.replace(tiny, augment="mixup", views=2, epochs=2)
+    train.main(config)
+    run = runtime.start("cpu", "off", "off")
+    dataset = train.open_dataset(config.dataset, 0)
+    teacher_model = models.freeze(models.create("teacher", config.teacher, dataset.classes,
+                                                str(Path(config.out) / "teacher")).to(memory_format=torch.channels_last))
+    prep = models.preprocessing(teacher_model)
+    data = train.decode(dataset, size=32, crop_pct=prep.crop_pct, interpolation=prep.interpolation,
+                        cache_dir=config.cache_dir)
+    # the run's own store, found by its files rather than by remaking its key
+    folder = next((Path(config.cache_dir) / "logits").iterdir())
+    store = train.LogitStore(folder.parent, json.loads((folder / "key.json").read_text()), 42, 3)
+    teacher, seen = train.Teacher(teacher_model, prep, data, store), 0
+    for batch_size, tolerance in ((8, 0.0), (5, 1e-5)):
+        batched = dataclasses.replace(config, batch_size=batch_size)
+        for epoch in range(2):
+            batches = train.epoch_batches(0, epoch, 42, batch_size)
+            for batch in train.load_batches(batched, data, batches, epoch, teacher, run.device):
+                assert batch.teacher_logits is not None
+                live = train.ask_teacher(batched, teacher, batch, epoch, data, run)
+                assert (batch.teacher_logits - live).abs().max() <= tolerance
+                seen += len(batch.samples)
+    assert seen == 4 * 42 and store.teacher_batches == 0
+
+
+def test_without_a_share_in_the_loss_the_teacher_changes_nothing(tiny):
+    result = train.main(dataclasses.replace(tiny, control=True, kd_weight=0.0))
+    assert result["student"] == result["control"] and result["teacher_batches"] == 0
+
+
+def test_the_teacher_stays_as_it_was_while_it_teaches(tiny, monkeypatch):
+    digests = []
+    store = train.LogitStore
+    monkeypatch.setattr(train, "LogitStore", lambda folder, key, *shape: digests.append(key["teacher"])
+                        or store(folder, key, *shape))
+    asked, real = [], train.ask_teacher
+    monkeypatch.setattr(train, "ask_teacher", lambda cfg, teacher, *rest: asked.append(teacher.model)
+                        or real(cfg, teacher, *rest))
+    train.main(tiny)
+    assert len(asked) == 6
+    assert models.digest(asked[0]) == digests[0]  # weights and BatchNorm statistics, to the bit
+
+
+def test_a_teacher_at_chance_is_refused_unless_one_insists(tiny):
+    config = dataclasses.replace(tiny, teacher_epochs=0, allow_weak_teacher=False)
+    with pytest.raises(BadInput, match="near chance .* its soft targets would be noise"):
+        train.main(config)
+    weak = train.main(dataclasses.replace(config, allow_weak_teacher=True, overwrite=True))
+    assert weak["student"]["test_total"] == 12 and (Path(config.out) / "teacher" / "model.safetensors").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_at_its_step_and_leaves_no_nan(tiny):
+    with pytest.raises(TrainingFault, match="student: the loss or its gradient is not finite at step "):
+        train.main(dataclasses.replace(tiny, lr=1e30, epochs=3))
+    out = Path(tiny.out)
+    for path in (out / "last.ckpt", out / "last.ckpt.previous"):
+        if path.exists():
+            for value in checkpoint.read(path)["model"].values():
+                assert value.isfinite().all()
+
+
+class CountScalars(TorchDispatchMode):
+    """Counts every read of a tensor's value by the host: .item(), float(), bool(), tolist()."""
+
+    reads = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            CountScalars.reads += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["cold", "warm"])
+def test_the_host_waits_for_the_device_only_where_it_logs(tiny, kind):
+    config = dataclasses.replace(tiny, epochs=1)
+    if kind == "warm":
+        train.main(config)
+    counts = []
+    for batch_size in (21, 7):  # two steps, and six: what differs is what a step costs
+        CountScalars.reads = 0
+        with CountScalars():
+            train.main(dataclasses.replace(config, batch_size=batch_size, out=f"{config.out}-{batch_size}"))
+        counts.append(CountScalars.reads)
+    assert counts[0] == counts[1] > 0
+
+
+def test_the_last_line_of_the_process_is_the_result_and_a_finished_run_has_nothing_to_do(tiny):
+    done = subprocess.run(command(tiny), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result == json.loads((Path(tiny.out) / "result.json").read_text())
+    again = subprocess.run(command(tiny, "--resume"), cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0 and "nothing to do" in again.stdout
+    assert json.loads(again.stdout.splitlines()[-1]) == result
+    third = subprocess.run(command(tiny), cwd=ROOT, capture_output=True, text=True)
+    assert third.returncode == 2 and third.stderr.count("\n") == 1 and "holds another run" in third.stderr
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_killed_run_ends_as_if_it_had_not_been(tiny, number, status):
+    config = dataclasses.replace(tiny, epochs=12, augment="crop", views=3, save_minutes=0.0)  # save at every step
+    whole = dataclasses.replace(config, out=config.out + "-whole", cache_dir=config.cache_dir + "-whole")
+    train.main(whole)
+    out = Path(config.out)
+    for epochs in (2, 5):  # killed twice, somewhere after that many epochs
+        process = subprocess.Popen(command(config, "--resume"), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            if (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_bytes().count(b"\n") >= epochs:
+                break
+            time.sleep(0.005)
+        process.send_signal(number)
+        said = process.communicate()[0].decode()
+        assert process.returncode == status, said
+    done = subprocess.run(command(config, "--resume"), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (checkpoint.read(Path(c.out) / "last.ckpt") for c in (config, whole))
+    for state in (ours, theirs):
+        for entry in state["history"]:
+            entry.pop("teacher_batches")  # counted by process
+    identical(ours, theirs)
+    results = [json.loads((Path(c.out) / "result.json").read_text()) for c in (config, whole)]
+    identical(results[0]["student"], results[1]["student"])
+    identical(results[0]["teacher"], results[1]["teacher"])
+
+
+def test_the_default_pair_takes_real_steps_on_real_photographs(beans, tmp_path):
+    dataset = train.open_dataset(beans, 0)
+    assert dataset.classes == ("angular_leaf_spot", "bean_rust", "healthy")
+    assert [len(dataset.splits[name].labels) for name in ("train", "validation", "test")] == [1034, 133, 128]
+    photographs, two = dataset.splits["train"], (0, 500)  # two only: a real run decodes the whole set
+    run = runtime.start("cpu", "off", "off")
+    torch.manual_seed(0)
+    student = models.create("student", "mobilenetv2_100", dataset.classes).to(memory_format=torch.channels_last)
+    teacher = models.freeze(models.create("teacher", "resnet50", dataset.classes))
+    prep = models.preprocessing(student)
+    frames = [to_frame(open_picture(photographs.read(i), photographs.where(i)), 224, 256, prep.interpolation)
+              for i in two]
+    x = models.normalize(torch.from_numpy(train.center_crop(np.stack(frames), 224)).permute(0, 3, 1, 2), prep)
+    with torch.no_grad():
+        soft = teacher(x)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, fused=True)
+    before = models.digest(student)
+    values = [train.train_step(student, optimizer, torch.amp.GradScaler("cpu", enabled=False), x,
+                               torch.from_numpy(photographs.labels[list(two)]), soft, loss_fn=losses.kd_loss,
+                               temperature=5.0, kd_weight=0.5, clip=1.0, run=run)[0].item() for _ in range(2)]
+    assert all(map(math.isfinite, values)) and models.digest(student) != before
