@@ -10,6 +10,7 @@ loss = (1 - λ)·CE + λ·T²·KL(teacher‖student), and a control learns from 
 import dataclasses
 import json
 import math
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -50,7 +51,8 @@ class Config:
     control: bool = flag(False, "also train the same student without the teacher")
     augment: str = flag("none", "what a view may change", ("none", "flip", "crop", "mixup"))
     views: int = flag(1, "views a sample: epoch e uses view e mod K; 0: a fresh one every epoch", low=0)
-    cache_dir: str = flag("~/.cache/kd", "where decoded images and the teacher's logits are kept")
+    cache_dir: str = flag(os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "kd"),
+                          "where decoded images and the teacher's logits are kept")
     amp: str = flag("auto", "mixed precision", ("auto", "off", "bf16", "fp16"))
     compile: str = flag("auto", "torch.compile the student (auto: on CUDA)", ("auto", "on", "off"))
     device: str = flag("auto", "where to compute", ("auto", "cpu", "cuda"))
