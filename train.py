@@ -62,9 +62,9 @@ class Config:
 
 RECIPES: dict[str, dict[str, Any]] = {
     # a few minutes on two CPU cores, with nothing to download: both models start from random weights
-    "demo": dict(dataset="leaves", size=96, epochs=10, batch_size=32, lr=2e-3, schedule="cosine", warmup=0.1,
-                 weight_decay=0.02, teacher="resnet18", teacher_weights="none", teacher_epochs=6, teacher_lr=1e-3,
-                 augment="flip", views=0, control=True),
+    "demo": dict(dataset="leaves", size=96, epochs=10, batch_size=16, lr=3e-3, schedule="cosine", warmup=0.1,
+                 weight_decay=0.02, teacher="resnet10t", teacher_weights="none", teacher_epochs=8, teacher_lr=1e-3,
+                 augment="flip", views=0),
     "tutorial": dict(),
     "best": dict(),
 }
@@ -82,8 +82,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kd import checkpoint, health, hub, losses, models, report, runtime
-from kd.augment import SPECS, epoch_batches, load_views, mixed_labels
+from kd import checkpoint, fast_cpu, health, hub, losses, models, report, runtime
+from kd.augment import SPECS, epoch_batches, load_views, mixed_labels, partners
 from kd.data import open_dataset
 from kd.evaluate import collect_logits, scores
 from kd.images import Data, Split, center_crop, decode
@@ -137,12 +137,13 @@ def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup: flo
 def load_batches(cfg: Config, data: Data, batches: list[np.ndarray], view: int, teacher: Teacher | None,
                  device: torch.device) -> Iterator[Batch]:
     """What the steps of an epoch need, made ahead of them on CUDA (see kd/prefetch.py)."""
-    split = data.train
+    split, spec = data.train, SPECS[cfg.augment]
     for samples in batches:
-        views, others, share = load_views(split.frames.read, len(split.labels), samples, seed=cfg.seed, view=view,
-                                          size=cfg.size, spec=SPECS[cfg.augment], device=device)
+        views = load_views(split.frames.read, len(split.labels), samples, seed=cfg.seed, view=view, size=cfg.size,
+                           spec=spec, device=device)
         labels = split.labels[samples]
-        if others is not None:
+        if spec.mixup:
+            others, share = partners(cfg.seed, samples, view, len(split.labels), spec.mixup)
             labels = mixed_labels(labels, split.labels[others], share, len(data.classes))
         known = teacher.store.get(view, samples) if teacher else None
         yield Batch(samples, views, torch.from_numpy(labels).to(device, non_blocking=True),
@@ -153,8 +154,8 @@ def ask_teacher(cfg: Config, teacher: Teacher, batch: Batch, view: int, data: Da
     """The teacher's logits of a batch, live: the same views, with the teacher's own mean, std and interpolation."""
     views = batch.views
     if teacher.data is not data:
-        views, _, _ = load_views(teacher.data.train.frames.read, len(data.train.labels), batch.samples, seed=cfg.seed,
-                                 view=view, size=cfg.size, spec=SPECS[cfg.augment], device=run.device)
+        views = load_views(teacher.data.train.frames.read, len(data.train.labels), batch.samples, seed=cfg.seed,
+                           view=view, size=cfg.size, spec=SPECS[cfg.augment], device=run.device)
     with torch.no_grad(), run.autocast():
         return teacher.model(models.normalize(views, teacher.prep)).float()
 
@@ -193,7 +194,8 @@ def fit(role: str, model: nn.Module, prep: models.Preprocessing, data: Data, cfg
     steps_an_epoch = len(epoch_batches(cfg.seed, 0, samples, cfg.batch_size))
 
     # everything that a resumed run needs: the rest follows from (seed, epoch, step)
-    at = {"role": role, "epoch": 0, "step": 0, "loss_sum": 0.0, "train_seconds": 0.0, "best": -1.0, "best_epoch": 0}
+    at: dict[str, Any] = {"role": role, "epoch": 0, "step": 0, "loss_sum": 0.0, "train_seconds": 0.0, "best": -1.0,
+                          "best_epoch": 0}
     if "model" in state:
         model.load_state_dict(state.pop("model"))
         optimizer.load_state_dict(state.pop("optimizer"))
@@ -273,7 +275,7 @@ def model_card(cfg: Config, role: str, facts: dict[str, Any]) -> str:
     name = cfg.teacher if role == "teacher" else cfg.student
     lines = [f"`{name}`, trained on `{cfg.dataset}` at {cfg.size} px as the {role} of a distillation "
              f"(T = {cfg.temperature:g}, λ = {cfg.kd_weight:g}, teacher `{cfg.teacher}`).",
-             "", f'Load it with `timm.create_model("local-dir:FOLDER", pretrained=True)`.']
+             "", 'Load it with `timm.create_model("local-dir:FOLDER", pretrained=True)`.']
     return models.card(f"{name} on {cfg.dataset}", "apache-2.0", cfg.dataset, facts, lines)
 
 
@@ -292,11 +294,18 @@ def main(cfg: Config) -> dict[str, Any]:
 
     # 1 runtime
     run = runtime.start(cfg.device, cfg.amp, cfg.compile)
+    on_cpu = run.device.type == "cpu"
+    if on_cpu:
+        fast_cpu.tune_allocator()
+
+    def placed(model: nn.Module) -> nn.Module:
+        model = model.to(run.device).to(memory_format=torch.channels_last)
+        return fast_cpu.accelerate(model) if on_cpu else model
 
     # 2 data, as the student declares its input
     dataset = open_dataset(cfg.dataset, cfg.seed)
     torch.manual_seed(cfg.seed)
-    student = models.create("student", cfg.student, dataset.classes).to(run.device, memory_format=torch.channels_last)
+    student = placed(models.create("student", cfg.student, dataset.classes))
     prep = models.preprocessing(student)
     cache = Path(cfg.cache_dir).expanduser()
 
@@ -307,8 +316,7 @@ def main(cfg: Config) -> dict[str, Any]:
 
     # 3 teacher: load it, and fine-tune it by the same loop
     torch.manual_seed(cfg.seed)
-    teacher_model = models.create("teacher", cfg.teacher, data.classes, cfg.teacher_weights)
-    teacher_model.to(run.device, memory_format=torch.channels_last)
+    teacher_model = placed(models.create("teacher", cfg.teacher, data.classes, cfg.teacher_weights))
     # one crop for both, the student's; mean, std and interpolation are each model's own
     teacher_prep = models.preprocessing(teacher_model)._replace(crop_pct=prep.crop_pct)
     same = teacher_prep.interpolation == prep.interpolation
@@ -329,7 +337,8 @@ def main(cfg: Config) -> dict[str, Any]:
     if cfg.teacher_epochs:
         trained("teacher", teacher_model, teacher_prep, teacher_data, cfg.teacher_epochs, cfg.teacher_lr, 0.0, None)
     else:
-        models.save(teacher_model, out / "teacher", data.classes, teacher_prep, cfg.size, model_card(cfg, "teacher", {}))
+        models.save(teacher_model, out / "teacher", data.classes, teacher_prep, cfg.size,
+                    model_card(cfg, "teacher", {}))
     models.freeze(teacher_model)
 
     def asked(split: Split, label: str) -> np.ndarray:
@@ -350,11 +359,12 @@ def main(cfg: Config) -> dict[str, Any]:
     teacher = Teacher(teacher_model, teacher_prep, teacher_data, store)
 
     # 5 the control (the same student, the same recipe, no teacher), then the student
-    contestants = {"student": (student, cfg.kd_weight, teacher)} if cfg.kd_weight else {"student": (student, 0.0, None)}
+    contestants: dict[str, tuple[nn.Module, float, Teacher | None]] = {
+        "student": (student, cfg.kd_weight, teacher if cfg.kd_weight else None)}
     if cfg.control:
         torch.manual_seed(cfg.seed)  # the very weights that the student starts from
-        control = models.create("student", cfg.student, data.classes)
-        contestants = {"control": (control.to(run.device, memory_format=torch.channels_last), 0.0, None), **contestants}
+        control = placed(models.create("student", cfg.student, data.classes))
+        contestants = {"control": (control, 0.0, None), **contestants}
     rows = {"teacher": test_row(cfg.teacher, teacher_model, on_test, on_validation["accuracy"])}
     for role, (model, kd_weight, by) in contestants.items():
         trained(role, model, prep, data, cfg.epochs, cfg.lr, kd_weight, by)

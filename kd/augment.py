@@ -65,10 +65,10 @@ def epoch_batches(seed: int, epoch: int, samples: int, batch_size: int) -> list[
     return np.split(order, cuts)
 
 
-def partners(seed: int, samples: np.ndarray, view: int, total: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mixup's other half: for each sample a partner among all `total`, and a uniform number that sets its share."""
+def partners(seed: int, samples: np.ndarray, view: int, total: int, mixup: float) -> tuple[np.ndarray, np.ndarray]:
+    """Mixup's other half: for each sample a partner among all `total`, and its share, uniform in [0, mixup / 2]."""
     draw = uniforms(seed, samples, view, 12)[:, 10:]
-    return np.minimum((draw[:, 0] * total).astype(np.int64), total - 1), draw[:, 1]
+    return np.minimum((draw[:, 0] * total).astype(np.int64), total - 1), draw[:, 1] * mixup / 2
 
 
 def make_views(frames: Tensor, samples: np.ndarray, *, seed: int, view: int, size: int, spec: Spec) -> Tensor:
@@ -80,7 +80,7 @@ def make_views(frames: Tensor, samples: np.ndarray, *, seed: int, view: int, siz
     """
     side = frames.shape[1]
     if spec.crop == 0:  # the very pixels of the evaluation transform; a flip only reorders them
-        offset = (side - size) // 2
+        offset = round((side - size) / 2)
         views = frames[:, offset:offset + size, offset:offset + size].permute(0, 3, 1, 2)
         if spec.flip:
             draw = uniforms(seed, samples, view, 10)
@@ -133,11 +133,11 @@ def mix(views: Tensor, others: Tensor, share: np.ndarray) -> Tensor:
 
 
 def load_views(read: Callable[[np.ndarray], np.ndarray], total: int, samples: np.ndarray, *, seed: int, view: int,
-               size: int, spec: Spec, device: torch.device) -> tuple[Tensor, np.ndarray | None, np.ndarray | None]:
-    """Read the frames of `samples` and make one view of each, mixed with a partner's where `spec` says so.
+               size: int, spec: Spec, device: torch.device) -> Tensor:
+    """Read the frames of `samples` and make one view of each, mixed with its partner's where `spec` says so.
 
     read: sample numbers to uint8 frames `(B, R, R, 3)`; total: how many samples there are to take partners from.
-    Returns the views (uint8 `(B, 3, size, size)`, on `device`), and the partners' numbers and shares, or two Nones.
+    Returns uint8 `(B, 3, size, size)`, channels_last, on `device`.
     """
     def views_of(numbers: np.ndarray) -> Tensor:
         frames = torch.from_numpy(read(numbers))
@@ -146,10 +146,9 @@ def load_views(read: Callable[[np.ndarray], np.ndarray], total: int, samples: np
         return make_views(frames, numbers, seed=seed, view=view, size=size, spec=spec)
 
     if not spec.mixup:
-        return views_of(samples), None, None
-    others, share = partners(seed, samples, view, total)
-    share *= spec.mixup / 2
-    return mix(views_of(samples), views_of(others), share), others, share
+        return views_of(samples)
+    others, share = partners(seed, samples, view, total, spec.mixup)
+    return mix(views_of(samples), views_of(others), share)
 
 
 def mixed_labels(labels: np.ndarray, others: np.ndarray, share: np.ndarray, classes: int) -> np.ndarray:

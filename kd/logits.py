@@ -55,7 +55,7 @@ class LogitStore:
     @staticmethod
     def _checksum(view: int, sample: int, row: np.ndarray) -> int:
         # the place is part of the sum, so a row cannot pass for another's; the top bit tells it from "never written"
-        return zlib.crc32(row, zlib.crc32(f"{view}/{sample}".encode())) | 1 << 32
+        return zlib.crc32(row.tobytes(), zlib.crc32(f"{view}/{sample}".encode())) | 1 << 32
 
     def get(self, view: int, samples: np.ndarray) -> Tensor | None:
         """Logits `(B, C)` float32 on the host, or None unless every row is known and whole."""

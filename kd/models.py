@@ -38,6 +38,12 @@ def preprocessing(model: nn.Module) -> Preprocessing:
     return Preprocessing(tuple(config["mean"]), tuple(config["std"]), config["interpolation"], config["crop_pct"])
 
 
+def _declared(model: nn.Module) -> dict[str, Any]:
+    """What timm knows of a model: architecture, the name of its head, the classes of its pretrained weights."""
+    config: Any = model.pretrained_cfg
+    return config
+
+
 def normalize(views: Tensor, prep: Preprocessing) -> Tensor:
     """uint8 `(B, 3, H, W)` to float32 of the same shape and memory format: (x / 255 - mean) / std."""
     mean = torch.tensor(prep.mean, device=views.device)[:, None, None]
@@ -79,7 +85,7 @@ def _create_pretrained(flag: str, name: str, classes: int, say: Callable[[str], 
                            f"in its cache; give a .safetensors file or a saved folder, or run offline: "
                            f"python train.py --recipe demo") from error
         raise BadInput(f"--{flag}-weights imagenet: {name}: {error}") from error
-    declared = model.pretrained_cfg.get("num_classes")
+    declared = _declared(model).get("num_classes")
     if declared not in (None, classes):
         say(f"{name}: the head of {declared} classes was replaced by a random one of {classes}")
     return model
@@ -104,7 +110,7 @@ def _load_file(model: nn.Module, path: Path, say: Callable[[str], None]) -> None
     except (OSError, safetensors.SafetensorError, ValueError) as error:
         raise BadInput(f"{path}: not a readable safetensors file ({error}); get it again") from error
     wanted = model.state_dict()
-    head = model.pretrained_cfg.get("classifier") or ()  # one name, or a tuple of them
+    head = _declared(model).get("classifier") or ()  # one name, or a tuple of them
     heads = tuple(f"{one}." for one in ([head] if isinstance(head, str) else head))
     replaced = {key for key in wanted if key.startswith(heads) and key in given
                 and given[key].shape != wanted[key].shape} if heads else set()
@@ -113,7 +119,7 @@ def _load_file(model: nn.Module, path: Path, say: Callable[[str], None]) -> None
     shapes = sorted(key for key in wanted.keys() & given.keys() - replaced if given[key].shape != wanted[key].shape)
     for keys, what in ((lost, "is missing"), (odd, "is not part of the model"), (shapes, "has another shape")):
         if keys:
-            raise BadInput(f"{path}: holds another model than {model.pretrained_cfg['architecture']}: {keys[0]} {what} "
+            raise BadInput(f"{path}: holds another model than {_declared(model)['architecture']}: {keys[0]} {what} "
                            f"({len(lost)} missing, {len(odd)} unknown, {len(shapes)} of another shape)")
     broken = next((key for key, value in given.items() if value.is_floating_point() and not value.isfinite().all()),
                   None)

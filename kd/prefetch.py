@@ -2,14 +2,14 @@
 
 import queue
 import threading
-from typing import Iterator, TypeVar
+from typing import Generator, Iterator, TypeVar
 
 import torch
 
 T = TypeVar("T")
 
 
-def prefetch(items: Iterator[T], device: torch.device, ahead: int = 2) -> Iterator[T]:
+def prefetch(items: Iterator[T], device: torch.device, ahead: int = 2) -> Generator[T, None, None]:
     """Yield `items` in their order, made up to `ahead` early in one thread.
 
     An exception of the maker is raised here, in its turn; when the consumer leaves early the thread ends too.

@@ -51,7 +51,8 @@ def test_every_flipped_bit_and_every_cut_is_noticed(tmp_path):
 
 
 def test_a_damaged_last_falls_back_says_so_and_is_kept(tmp_path):
-    path, said = tmp_path / "last.ckpt", []
+    said: list[str] = []
+    path = tmp_path / "last.ckpt"
     checkpoint.save(path, STATE)
     checkpoint.save(path, {**STATE, "at": {"epoch": 9}})
     path.write_bytes(b"x" * 100)

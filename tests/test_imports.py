@@ -6,9 +6,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 STANDS_ON = {
     "bench": None,  # times anything, train.py's step included
-    "data": {"leaves", "hub"},
     "fused_triton": set(), "fused_cpu": set(),
-    "images": {"data"},
+    "data": {"samples", "hub"}, "samples": {"leaves"}, "images": {"pictures"},
     "losses": {"fused_cpu", "fused_triton"},
     "models": {"hub"},
     "report": {"checkpoint"},

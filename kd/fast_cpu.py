@@ -1,0 +1,169 @@
+"""A faster training step on AVX-512 CPUs for timm's MobileNetV2-like models: same weights, same mathematics.
+
+`accelerate(model)` changes the class of the blocks it understands (1x1, depthwise 3x3, BatchNorm, ReLU or ReLU6 or
+nothing) and of the model's stem and head. In training mode on the CPU, in float32 or under bfloat16 autocast, their
+forward then runs the fused kernels of fast_cpu.cpp; otherwise, and in eval mode, timm's own forward runs. Parameters,
+buffers and names are untouched, so checkpoints and saved folders know nothing of it. Forward hooks on the convolutions
+and norms inside a fused block do not fire in training.
+"""
+import ctypes
+import functools
+import platform
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import torch
+from timm.layers.norm_act import BatchNormAct2d
+from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedResidual
+from timm.models.efficientnet import EfficientNet
+from torch import Tensor, nn
+
+INF = float("inf")
+RANGES = {nn.Identity: (-INF, INF), nn.ReLU: (0.0, INF), nn.ReLU6: (0.0, 6.0)}  # act = clamp(z, lo, hi)
+
+
+def tune_allocator() -> bool:
+    """Tells glibc to keep large blocks. Otherwise every activation is mapped, faulted in page by page, and unmapped
+    again, at every step: millions of page faults. Call it before the first large tensor. False where not glibc."""
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL(None)
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+    return bool(libc.mallopt(M_MMAP_MAX, 0)) and bool(libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+@functools.cache
+def _ops():
+    """The compiled kernels; raises RuntimeError, OSError or ImportError where they cannot be had."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        raise RuntimeError("the CPU has no AVX-512")
+    from torch.utils.cpp_extension import load
+    load("kd_fast_cpu", [str(Path(__file__).with_suffix(".cpp"))], is_python_module=False, extra_ldflags=["-lgomp"],
+         extra_cflags=["-O3", "-march=native", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno"])
+    return torch.ops.kd_fast_cpu
+
+
+class Layer(NamedTuple):
+    """One convolution and the BatchNorm and activation after it."""
+    conv: nn.Conv2d
+    bn: BatchNormAct2d
+
+
+class _Chain(torch.autograd.Function):
+    """x → conv → bn → act → … → conv → bn → act (+ x). Keeps each convolution's output, nothing else."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, layers: list[Layer], residual: bool, half: bool, *params: Tensor) -> Tensor:
+        ctx.calls, saved = [], [x]
+        y, norm, lo, hi = x, None, -INF, INF
+        for conv, bn in layers:
+            call = (norm, lo, hi, conv.weight, conv.stride[0], conv.in_channels == 3 and conv.groups == 1)
+            y, norm = _ops().conv_forward(y, *call, bn.weight, bn.bias, bn.running_mean, bn.running_var,
+                                          bn.momentum, bn.eps, half)
+            bn.num_batches_tracked.add_(1)
+            lo, hi = RANGES[type(bn.act)]
+            ctx.calls.append(call)
+            saved.append(y)
+        ctx.save_for_backward(*saved, *params)
+        ctx.end, ctx.residual = (norm, lo, hi), residual
+        return _ops().norm_forward(y, norm, lo, hi, x if residual else None)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        saved = ctx.saved_tensors                   # raises if a weight was changed since
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        n = len(ctx.calls)
+        g, slope = _ops().norm_backward(grad, saved[n], *ctx.end)
+        grads: list[Tensor | None] = []
+        for i in reversed(range(n)):
+            skip = grad if ctx.residual and i == 0 else None
+            gamma_beta = slope[3], slope[4]
+            g, weight, slope = _ops().conv_backward(g, slope, saved[i + 1], saved[i], *ctx.calls[i], skip)
+            grads = [weight, *gamma_beta, *grads]
+        return g, None, None, None, *grads
+
+
+def _runs(x: Tensor) -> torch.dtype | None:
+    """The storage type in which the fused path takes x, or None where timm's own must run."""
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
+        return None
+    if torch.is_autocast_enabled("cpu"):
+        return torch.bfloat16 if torch.get_autocast_dtype("cpu") == torch.bfloat16 else None
+    return torch.float32 if x.dtype == torch.float32 else None
+
+
+def _chain(x: Tensor, dtype: torch.dtype, layers: list[Layer], residual: bool = False) -> Tensor:
+    image = layers[0].conv.in_channels == 3
+    x = x.float() if image else x.to(dtype).contiguous(memory_format=torch.channels_last)
+    params = [p for conv, bn in layers for p in (conv.weight, bn.weight, bn.bias)]
+    return _Chain.apply(x, layers, residual, dtype == torch.bfloat16, *params)
+
+
+def _fits(conv: nn.Module, bn: nn.Module) -> bool:
+    """Whether the kernels know this pair: 1x1 dense, 3x3 depthwise, or the first convolution over an RGB image."""
+    if type(conv) is not nn.Conv2d or type(bn) is not BatchNormAct2d or conv.bias is not None:
+        return False
+    k, s = conv.kernel_size[0], conv.stride[0]
+    dense = conv.groups == 1 and (k == 1 and s == 1 or conv.in_channels == 3)
+    depthwise = conv.groups == conv.in_channels == conv.out_channels and k == 3 and s in (1, 2)
+    return ((dense or depthwise) and conv.kernel_size == (k, k) and conv.stride == (s, s) and conv.dilation == (1, 1)
+            and conv.padding == (k // 2, k // 2) and k % 2 == 1 and conv.padding_mode == "zeros" and bn.affine
+            and conv.weight.dtype == bn.weight.dtype == torch.float32
+            and bn.track_running_stats and bn.momentum is not None and type(bn.act) in RANGES and type(bn.drop) is nn.Identity)
+
+
+def _layers(block: nn.Module) -> list[Layer]:
+    names = [("conv_pw", "bn1"), ("conv_dw", "bn2"), ("conv_pwl", "bn3")]
+    if isinstance(block, DepthwiseSeparableConv):
+        names = [("conv_dw", "bn1"), ("conv_pw", "bn2")]
+    return [Layer(getattr(block, c), getattr(block, b)) for c, b in names]
+
+
+def _block_forward(self, x: Tensor) -> Tensor:
+    dtype = _runs(x)
+    if not self.training or dtype is None:
+        return super(type(self), self).forward(x)
+    fused = self.has_skip and type(self.drop_path) is nn.Identity and isinstance(self, InvertedResidual)
+    out = _chain(x, dtype, _layers(self), fused)
+    return self.drop_path(out) + x if self.has_skip and not fused else out
+
+
+class FastInvertedResidual(InvertedResidual):
+    forward = _block_forward
+
+
+class FastDepthwiseSeparableConv(DepthwiseSeparableConv):
+    forward = _block_forward
+
+
+class FastEfficientNet(EfficientNet):
+    def forward_features(self, x: Tensor) -> Tensor:
+        dtype = _runs(x)
+        if not self.training or dtype is None or x.requires_grad or self.grad_checkpointing:
+            return super().forward_features(x)
+        x = _chain(x, dtype, [Layer(self.conv_stem, self.bn1)])
+        x = self.blocks(x)
+        return _chain(x, dtype, [Layer(self.conv_head, self.bn2)])
+
+
+FAST = {InvertedResidual: FastInvertedResidual, DepthwiseSeparableConv: FastDepthwiseSeparableConv}
+
+
+def accelerate(model: nn.Module, say: Callable[[str], object] = print) -> nn.Module:
+    """Makes the training step of `model` faster, in place, where the kernels know its pieces; returns it."""
+    fast = [m for m in model.modules() if type(m) in FAST and m.conv_s2d is None
+            and type(m.aa) is type(m.se) is nn.Identity and all(_fits(*layer) for layer in _layers(m))]
+    whole = (type(model) is EfficientNet and _fits(model.conv_stem, model.bn1) and _fits(model.conv_head, model.bn2))
+    if not fast and not whole:
+        return model
+    try:
+        _ops()
+    except (RuntimeError, OSError, ImportError) as e:
+        say(f"fast_cpu: plain modules, since the fused kernels are not to be had ({str(e).splitlines()[0]})")
+        return model
+    for m in fast:
+        m.__class__ = FAST[type(m)]
+    if whole:
+        model.__class__ = FastEfficientNet
+    return model
