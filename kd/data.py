@@ -10,10 +10,9 @@ not, and no path may lead out of the dataset's own folder.
 import difflib
 import errno
 import hashlib
+import logging
 import os
-import queue
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from kd import BadInput, TrainingFault
+from kd import BadInput, TrainingFault, hub
 from kd.samples import (SPLITS, Dataset, Samples, built_in, by_split, files_identity, image_folder,
                         is_image_folder, stay_inside)
 
@@ -30,7 +29,6 @@ ALIASES = {"beans": "AI-Lab-Makerere/beans"}
 CARVED = .1  # share of train that becomes a missing split
 LABEL_NAMES = ("label", "labels", "class", "category", "target")
 SAFE_READERS = ("parquet", "arrow", "imagefolder", "cache")  # of those that `datasets` has
-HUB_SECONDS = 15  # within which the Hub has to answer
 
 Say = Callable[[str], None]
 
@@ -131,26 +129,27 @@ def _from_hub_layout(root: Path) -> Dataset:
 def _from_hub(name: str, say: Say) -> Dataset:
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or not name.strip("/"):
         raise BadInput(f"--dataset {name}: no such folder{_near(name)}")
-    if "/" not in name and name not in ALIASES and "mean" in _near(name):
-        raise BadInput(f"--dataset {name} is unknown{_near(name)}")
+    if name not in ALIASES and difflib.get_close_matches(name, ["leaves", *ALIASES]):
+        raise BadInput(f"--dataset {name} is unknown{_near(name)}; choose leaves, beans, a Hub id or a folder")
     import datasets
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
-    repository = ALIASES.get(name, name)
+    from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError
+    repository, online = ALIASES.get(name, name), hub.reachable()
+    if not online:
+        datasets.config.HF_HUB_OFFLINE = True  # it then looks into its cache, without more waiting
     try:
-        _ask_hub(repository)
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise BadInput(f"--dataset {name} is neither a folder here nor a dataset on the Hub that can be read "
-                       f"without logging in{_near(name)}") from error
-    except Exception as error:  # every layer below has its own way to say that there is no network
-        datasets.config.HF_HUB_OFFLINE = True  # `datasets` then looks into its cache, without more waiting
-        try:
-            builder = _builder(repository)
-        except ConnectionError:
-            raise BadInput(f"--dataset {name}: the Hub cannot be reached ({_one_line(error)}); offline, use "
-                           "`python train.py --dataset leaves` or the folder of a local copy") from error
-        say(f"{name}: the Hub cannot be reached; using the copy in its cache")
-    else:
         builder = _builder(repository)
+    except DataFilesNotFoundError:
+        raise
+    except DatasetNotFoundError as error:
+        raise BadInput(f"--dataset {name} is neither a folder here nor a dataset on the Hub that can be read "
+                       f"without logging in{_near(name)}; choose leaves, beans, a Hub id or a folder") from error
+    except (ConnectionError, TimeoutError, FileNotFoundError, HfHubHTTPError) as error:
+        raise BadInput(f"--dataset {name}: the Hub cannot be reached, and neither a folder here nor its cache holds "
+                       f"that dataset{_near(name)}; offline, use `python train.py --dataset leaves` or the folder "
+                       "of a local copy") from error
+    if not online:
+        say(f"{name}: the Hub cannot be reached; using the copy in its cache")
     for path in (path for paths in _data_files(builder).values() for path in paths):
         if not path.startswith("hf://datasets/"):
             raise BadInput(f"--dataset {name} points to {path}, which is not on the Hub; refused")
@@ -159,46 +158,19 @@ def _from_hub(name: str, say: Say) -> Dataset:
 
 
 def _near(name: str) -> str:
-    """The end of a message: the known names nearest to one that is unknown."""
-    known = ["leaves", *ALIASES, *ALIASES.values()]
-    near = difflib.get_close_matches(name, known)
+    """For a message about a name that is unknown: the nearest known datasets, and folders beside it."""
+    near = difflib.get_close_matches(name, ["leaves", *ALIASES, *ALIASES.values()])
     parent = Path(name).expanduser().parent
     if parent.is_dir():
         beside = {path.name: str(parent / path.name) for path in parent.iterdir() if path.is_dir()}
         near += [beside[other] for other in difflib.get_close_matches(Path(name).name, beside)]
-    if near:
-        return f"; did you mean {' or '.join(near)}?"
-    return f"; known: {', '.join(known)}, any Hub id, any folder"
-
-
-def _ask_hub(repository: str) -> None:
-    """Return once the Hub has said that it has the dataset; raise what it, or the network, says otherwise.
-
-    In a thread, because looking up a host's name takes as long as it likes.
-    """
-    from huggingface_hub import HfApi
-    answer: queue.Queue[Exception | None] = queue.Queue()
-
-    def ask() -> None:
-        try:
-            HfApi().dataset_info(repository, timeout=HUB_SECONDS / 2)
-            answer.put(None)
-        except Exception as error:
-            answer.put(error)
-
-    threading.Thread(target=ask, daemon=True).start()
-    try:
-        error = answer.get(timeout=HUB_SECONDS)
-    except queue.Empty:
-        raise TimeoutError(f"no answer within {HUB_SECONDS} s") from None
-    if error is not None:
-        raise error
+    return f" (did you mean {' or '.join(near)}?)" if near and name not in near else ""
 
 
 def _builder(path: str) -> Any:
     """The first step of `datasets.load_dataset`: it says which files will be read, and by what."""
     import datasets
-    datasets.utils.logging.set_verbosity_error()
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # it logs, over many lines, what it also raises
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     builder = datasets.load_dataset_builder(path)

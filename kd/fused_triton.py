@@ -26,9 +26,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# The longest row held in registers: 16,384 classes are 16 for each of 1,024 threads, which have 64 registers each.
-MAX_ROW = 16384
-BLOCK = 4096
+# A thread holds 8 classes, of which three exponentials each are alive at once, and a program has at most 1,024
+# threads, of 64 registers each. 16 classes a thread spill.
+CLASSES_PER_THREAD = 8
+MAX_ROW = CLASSES_PER_THREAD * 1024
+BLOCK = 4096  # of the kernel for longer rows
 
 
 @triton.jit
@@ -199,11 +201,11 @@ def scale_kernel(grad_ptr, factor_ptr, C, stride, BLOCK: tl.constexpr):
 
 
 def layout(C: int) -> tuple[triton.JITFunction, int, int]:
-    """(kernel, BLOCK, warps) for rows of C classes: 8 or 16 of them a thread."""
+    """(kernel, BLOCK, warps) for rows of C classes."""
     if C > MAX_ROW:
-        return block_kernel, BLOCK, 8
+        return block_kernel, BLOCK, BLOCK // CLASSES_PER_THREAD // 32
     block = triton.next_power_of_2(C)
-    return row_kernel, block, min(32, max(1, block // 256 if block <= 2048 else block // 512))
+    return row_kernel, block, max(1, block // CLASSES_PER_THREAD // 32)
 
 
 def loss_and_grad_(student: Tensor, teacher: Tensor | None, labels: Tensor, temperature: float, kd_weight: float,

@@ -34,8 +34,9 @@ SKINS = np.array([(.42, .27, .20), (.55, .36, .27), (.33, .21, .17), (.70, .50, 
 
 
 def draw(split: str, index: int, seed: int = 0, side: int = 256) -> tuple[Image.Image, int]:
-    """Draw one picture: RGB, `side` × `side` pixels, and its label (a position in CLASSES; index modulo 3).
+    """Draw one picture: RGB, `side` × `side` pixels, and its label, a position in CLASSES (index modulo 3).
 
+    The same bytes come out whatever was drawn before, under one version of NumPy and Pillow.
     Raises ValueError for an unknown split or a side below 16, IndexError for an index outside of the split.
     """
     if split not in SIZES:
@@ -359,7 +360,8 @@ def _pustules(rng: Rng, blade: Array, leaf: Leaf, low: Array, severity: float, f
     _lesions(rng, blade, shapes, low, np.array([.54, .29, .14]), .016 * leaf.length, fine)
 
 
-def _lesions(rng: Rng, blade: Array, shapes: Array, low: Array, colour: Array, halo: float, fine: Array) -> None:
+def _lesions(rng: Rng, blade: Array, shapes: Array, low: Array, colour: Array, halo: float,
+             fine: Array) -> None:
     """Paint dead tissue in the shapes, and the yellow of the tissue around it."""
     mask = _marks(shapes, blade, low)
     core, around = _weight(mask), _weight(mask.filter(ImageFilter.BoxBlur(halo)))
@@ -379,7 +381,8 @@ def _litter(rng: Rng, blade: Array, leaf: Leaf, low: Array) -> None:
         _mix(blade, soil, _weight(_marks(specks, blade, low)) * .9)
     if rng.random() < .25:
         count = int(rng.integers(3, 14))
-        at, radii = leaf.to_pixels(*_inside(rng, leaf, count, .3)), leaf.length * rng.uniform(.008, .028, count)
+        at = leaf.to_pixels(*_inside(rng, leaf, count, .3))
+        radii = leaf.length * rng.uniform(.008, .028, count)
         drops = _blobs(rng, at, radii, 12, .08)
         glints = _blobs(rng, at - .3 * radii[:, None], radii * .4, 8, .1)
         blade *= 1 - .25 * _weight(_marks(drops, blade, low))

@@ -10,12 +10,12 @@ import io
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, features
 
 from kd import BadInput
-from kd.samples import Samples
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_PIXELS = 100_000_000
@@ -106,7 +106,7 @@ def to_frame(image: Image.Image, size: int, side: int, interpolation: str) -> np
 class Recipe:
     """How the pictures of one split become frames."""
 
-    samples: Samples
+    samples: Any  # a kd.samples.Samples
     size: int
     side: int
     interpolation: str
