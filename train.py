@@ -42,7 +42,7 @@ class Config:
     teacher: str = flag("resnet50", "timm model that teaches")
     teacher_weights: str = flag("imagenet", "imagenet (timm's), none, a .safetensors file, or a saved folder")
     teacher_epochs: int = flag(8, "epochs of fine-tuning before it teaches; 0: as loaded", low=0)
-    teacher_lr: float = flag(3e-4, "peak learning rate of the teacher's fine-tuning", above=0)
+    teacher_lr: float = flag(1e-4, "peak learning rate of the teacher's fine-tuning", above=0)
     allow_weak_teacher: bool = flag(False, "teach even where the teacher is near chance")
     student: str = flag("mobilenetv2_100", "timm model that learns, from random weights")
     temperature: float = flag(5.0, "T, softens both distributions", above=0)
@@ -85,7 +85,7 @@ from torch import Tensor, nn
 from kd import checkpoint, fast_cpu, health, hub, losses, models, report, runtime
 from kd.augment import SPECS, epoch_batches, load_views, mixed_labels, partners
 from kd.data import open_dataset
-from kd.evaluate import collect_logits, scores
+from kd.evaluate import chance_level, collect_logits, scores
 from kd.images import Data, Split, center_crop, decode
 from kd.logits import LogitStore
 from kd.prefetch import prefetch
@@ -178,8 +178,8 @@ def predict(model: nn.Module, split: Split, prep: models.Preprocessing, cfg: Con
 
 
 def fit(role: str, model: nn.Module, prep: models.Preprocessing, data: Data, cfg: Config, run: runtime.Runtime,
-        out: Path, *, epochs: int, lr: float, kd_weight: float, teacher: Teacher | None, state: dict[str, Any], stop: runtime.Stop,
-        records: report.Records) -> None:
+        out: Path, *, epochs: int, lr: float, kd_weight: float, teacher: Teacher | None, state: dict[str, Any],
+        stop: runtime.Stop, records: report.Records) -> None:
     """Train `model`; its best weights by validation accuracy go to `out/role`.
 
     `state` is the run's checkpoint: what is in it is taken up again, and it is saved to `out/last.ckpt` every epoch,
@@ -273,10 +273,8 @@ def fit(role: str, model: nn.Module, prep: models.Preprocessing, data: Data, cfg
 def model_card(cfg: Config, role: str, facts: dict[str, Any]) -> str:
     """The README.md of a saved folder."""
     name = cfg.teacher if role == "teacher" else cfg.student
-    lines = [f"`{name}`, trained on `{cfg.dataset}` at {cfg.size} px as the {role} of a distillation "
-             f"(T = {cfg.temperature:g}, λ = {cfg.kd_weight:g}, teacher `{cfg.teacher}`).",
-             "", 'Load it with `timm.create_model("local-dir:FOLDER", pretrained=True)`.']
-    return models.card(f"{name} on {cfg.dataset}", "apache-2.0", cfg.dataset, facts, lines)
+    return models.card(name, cfg.dataset, facts, f"the {role} of a distillation at {cfg.size} px (T = "
+                       f"{cfg.temperature:g}, λ = {cfg.kd_weight:g}, teacher `{cfg.teacher}`, seed {cfg.seed})")
 
 
 def main(cfg: Config) -> dict[str, Any]:
@@ -293,6 +291,7 @@ def main(cfg: Config) -> dict[str, Any]:
     records = report.Records(out, state["seconds"])
 
     # 1 runtime
+    commit = runtime.commit()  # of the code that runs, asked before anybody can change it
     run = runtime.start(cfg.device, cfg.amp, cfg.compile)
     on_cpu = run.device.type == "cpu"
     if on_cpu:
@@ -349,7 +348,10 @@ def main(cfg: Config) -> dict[str, Any]:
     on_test = scores(teacher_test_logits, data.test.labels)
     print(f"teacher: validation {100 * on_validation['accuracy']:.1f} %, test {100 * on_test['accuracy']:.1f} % "
           f"({on_test['correct']}/{on_test['total']})")
-    refuse_weak_teacher(cfg, on_validation["accuracy"], data.validation.labels)
+    if on_validation["accuracy"] <= chance_level(data.validation.labels) and not cfg.allow_weak_teacher:
+        raise BadInput(f"--teacher {cfg.teacher}: {100 * on_validation['accuracy']:.1f} % on validation is near "
+                       f"chance: its soft targets would be noise; fine-tune it with --teacher-epochs, give trained "
+                       f"--teacher-weights, or insist with --allow-weak-teacher")
 
     # 4 the teacher's logits, kept for good under all that decides them
     store = LogitStore(cache / "logits", dict(
@@ -365,14 +367,16 @@ def main(cfg: Config) -> dict[str, Any]:
         torch.manual_seed(cfg.seed)  # the very weights that the student starts from
         control = placed(models.create("student", cfg.student, data.classes))
         contestants = {"control": (control, 0.0, None), **contestants}
-    rows = {"teacher": test_row(cfg.teacher, teacher_model, on_test, on_validation["accuracy"])}
+    rows = {"teacher": report.test_row(cfg.teacher, models.parameters(teacher_model), on_test,
+                                       on_validation["accuracy"])}
     for role, (model, kd_weight, by) in contestants.items():
         trained(role, model, prep, data, cfg.epochs, cfg.lr, kd_weight, by)
 
         # 6 the best-by-validation weights, once, on test
         logits = predict(model, data.test, prep, cfg, run, f"{role} test", lambda: None)
         best = max(entry["accuracy"] for entry in state["history"] if entry["role"] == role)
-        rows[role] = test_row(cfg.student, model, scores(logits, data.test.labels, teacher_test_logits), best)
+        on_test = scores(logits, data.test.labels, teacher_test_logits)
+        rows[role] = report.test_row(cfg.student, models.parameters(model), on_test, best)
 
     # 7 report
     print(report.confusion_table(rows["student"]["confusion"], data.classes))
@@ -380,7 +384,7 @@ def main(cfg: Config) -> dict[str, Any]:
     rates = [entry["images_per_second"] for entry in state["history"] if entry["role"] == "student"]
     result = {**rows, "images_per_second": float(np.median(rates)), "seconds": records.seconds(),
               "teacher_batches": store.teacher_batches, "config": dataclasses.asdict(cfg),
-              "environment": runtime.environment(), "commit": runtime.commit()}
+              "environment": runtime.environment(), "commit": commit}
     for role, row in rows.items():
         if (out / role).exists():
             checkpoint.write_atomic(out / role / "README.md", model_card(cfg, role, row).encode())
@@ -388,24 +392,6 @@ def main(cfg: Config) -> dict[str, Any]:
     if cfg.push_to_hub:
         print(hub.push_folder(str(out / "student"), cfg.push_to_hub, "kd: the best student by validation accuracy"))
     return result
-
-
-def test_row(name: str, model: nn.Module, result: dict[str, Any], validation: float) -> dict[str, Any]:
-    """One row of result.json."""
-    row = {"model": name, "params": models.parameters(model), "validation_accuracy": validation}
-    for key in ("accuracy", "macro_f1", "correct", "total"):
-        row[f"test_{key}"] = result[key]
-    return {**row, **{key: value for key, value in result.items() if f"test_{key}" not in row}}
-
-
-def refuse_weak_teacher(cfg: Config, accuracy: float, labels: np.ndarray) -> None:
-    """Raise BadInput where the teacher does no better than a constant answer, within two standard errors."""
-    share = np.bincount(labels).max() / len(labels)
-    chance = share + 2 * math.sqrt(share * (1 - share) / len(labels))
-    if accuracy <= chance and not cfg.allow_weak_teacher:
-        raise BadInput(f"--teacher {cfg.teacher}: {100 * accuracy:.1f} % on validation is near chance "
-                       f"({100 * share:.1f} %): its soft targets would be noise; fine-tune it with --teacher-epochs, "
-                       f"give trained --teacher-weights, or insist with --allow-weak-teacher")
 
 
 if __name__ == "__main__":

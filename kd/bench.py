@@ -148,8 +148,8 @@ def compare(cfg: train.Config, rounds: int, steps: int) -> dict[str, Any]:
         if bench.run.device.type == "cpu":
             fast_cpu.accelerate(ours, note)
         device = bench.run.device
-        theirs, their_teacher = (models.create("x", n, bench.data.classes).to(device) for n in (cfg.student, cfg.teacher))
-        models.freeze(their_teacher)
+        theirs = models.create("student", cfg.student, bench.data.classes).to(device)
+        their_teacher = models.freeze(models.create("teacher", cfg.teacher, bench.data.classes).to(device))
         warm = bench.store("warm")
         first = list(bench.batches(warm))
         images = [models.normalize(batch.views, bench.prep).contiguous() for batch in first]

@@ -63,3 +63,9 @@ def scores(logits: np.ndarray, labels: np.ndarray, teacher_logits: np.ndarray | 
     if teacher_logits is not None:
         result["agreement_with_teacher"] = float(np.mean(teacher_logits.argmax(axis=1) == predicted))
     return result
+
+
+def chance_level(labels: np.ndarray) -> float:
+    """The accuracy that a constant answer reaches within two standard errors: below it a teacher knows nothing."""
+    share = np.bincount(labels).max() / len(labels)
+    return float(share + 2 * np.sqrt(share * (1 - share) / len(labels)))

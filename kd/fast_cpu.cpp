@@ -30,12 +30,15 @@ using Mask = __mmask16;
 using OptTensor = const std::optional<Tensor>&;
 
 constexpr long up(long n, long to) { return (n + to - 1) / to * to; }
-inline Mask lanes(long left) { return left >= 16 ? 0xffff : (1 << left) - 1; }
 
-inline V load(const float* p, Mask m = 0xffff) { return _mm512_maskz_loadu_ps(m, p); }
-inline V load(const BF* p, Mask m = 0xffff) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, p)), 16));
+// A block of channels: all 16 (All), or the last few (Mask). Masked accesses are slow, so loops see which at compile time.
+struct All {};
+template <class F> inline __attribute__((always_inline)) void blocks(long C, const F& f) {
+  long c = 0;
+  for (; c + 16 <= C; c += 16) f(c, All());
+  if (c < C) f(c, Mask((1 << (C - c)) - 1));
 }
+inline V widen(__m256i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); }
 inline __m256i narrow(V v) {
 #ifdef __AVX512BF16__
   return (__m256i)_mm512_cvtneps_pbh(v);
@@ -45,11 +48,17 @@ inline __m256i narrow(V v) {
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(u, 16));
 #endif
 }
-inline void store(float* p, V v, Mask m = 0xffff) { _mm512_mask_storeu_ps(p, m, v); }
-inline void store(BF* p, V v, Mask m = 0xffff) { _mm256_mask_storeu_epi16(p, m, narrow(v)); }
+inline V load(const float* p, All = {}) { return _mm512_loadu_ps(p); }
+inline V load(const float* p, Mask m) { return _mm512_maskz_loadu_ps(m, p); }
+inline V load(const BF* p, All = {}) { return widen(_mm256_loadu_si256((const __m256i*)p)); }
+inline V load(const BF* p, Mask m) { return widen(_mm256_maskz_loadu_epi16(m, p)); }
+inline void store(float* p, V v, All = {}) { _mm512_storeu_ps(p, v); }
+inline void store(float* p, V v, Mask m) { _mm512_mask_storeu_ps(p, m, v); }
+inline void store(BF* p, V v, All = {}) { _mm256_storeu_si256((__m256i*)p, narrow(v)); }
+inline void store(BF* p, V v, Mask m) { _mm256_mask_storeu_epi16(p, m, narrow(v)); }
 template <class T> inline V rounded(V v) {           // what a later load will read
   if constexpr (sizeof(T) == 4) return v;
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow(v)), 16));
+  return widen(narrow(v));
 }
 inline void accumulate(double* p, V v) {            // p[0..16) += v
   _mm512_storeu_pd(p, _mm512_add_pd(_mm512_loadu_pd(p), _mm512_cvtps_pd(_mm512_castps512_ps256(v))));
@@ -119,10 +128,9 @@ template <class T> inline void put(float* rows, float* pairs, long ld, long r, l
 template <class T, class F> inline void put_all(const F value, float* rows, float* pairs, long ld, long C, long m) {
   const V none = _mm512_setzero_ps();
   for (long r = 0; r < m; r += 2)
-    for (long c = 0; c < C; c += 16) {
-      const Mask k = lanes(C - c);
+    blocks(C, [&](long c, auto k) {
       put<T>(rows, pairs, ld, r, c, value(r, c, k), r + 1 < m ? value(r + 1, c, k) : none);
-    }
+    });
 }
 
 // P[r / per][c] = src[r*sr + c*sc], zero beyond (R, C): the weight as gemm's B.
@@ -150,17 +158,17 @@ struct Norm {                                       // the norm and clamp that t
 };
 template <class T> struct Normed {                  // rows of a = clamp(scale*y + shift)
   const T* y; long C; Norm n;
-  V z(V y, long c, Mask m) const { return _mm512_fmadd_ps(y, load(n.scale + c, m), load(n.shift + c, m)); }
+  template <class M> V z(V y, long c, M m) const { return _mm512_fmadd_ps(y, load(n.scale + c, m), load(n.shift + c, m)); }
   V clamp(V z) const { return _mm512_min_ps(_mm512_set1_ps(n.hi), _mm512_max_ps(_mm512_set1_ps(n.lo), z)); }  // NaN stays
   Mask inside(V z) const {
     return _mm512_cmp_ps_mask(z, _mm512_set1_ps(n.lo), _CMP_GT_OQ) & _mm512_cmp_ps_mask(z, _mm512_set1_ps(n.hi), _CMP_LT_OQ);
   }
-  V operator()(long r, long c, Mask m) const { return clamp(z(load(y + r * C + c, m), c, m)); }
+  template <class M> V operator()(long r, long c, M m) const { return clamp(z(load(y + r * C + c, m), c, m)); }
   Normed from(long row) const { return {y + row * C, C, n}; }
 };
 template <class T> struct Sloped {                  // rows of dL/dy = p*g + q*y + r
   const T *g, *y; long C; const float* coef;
-  V operator()(long i, long c, Mask m) const {
+  template <class M> V operator()(long i, long c, M m) const {
     return _mm512_fmadd_ps(load(g + i * C + c, m), load(coef + c, m),
                            _mm512_fmadd_ps(load(y + i * C + c, m), load(coef + C + c, m), load(coef + 2 * C + c, m)));
   }
@@ -228,7 +236,8 @@ template <class F> void split(long rows, const F& f) {     // f(t, first, last):
 // ---- 1x1 convolution and the dense first convolution, as matrix products over (N*H*W, C) -------------------------
 struct Patches {                                    // the image's: row (n, oh, ow), column (channel, kh, kw) as in the weight
   const float* x; long H, W, OH, OW, C, k, stride, pad, sn, sc, sh, sw, first = 0;
-  V operator()(long i, long c, Mask m) const {
+  template <class M> V operator()(long i, long c, M) const {
+    const Mask m = C - c < 16 ? (1 << (C - c)) - 1 : 0xffff;
     const long r = first + i, h = r / OW % OH * stride - pad, w = r % OW * stride - pad;
     const __m512i *o = (const __m512i*)&offsets[c], *dh = (const __m512i*)&khs[c], *dw = (const __m512i*)&kws[c];
     auto in = [](const __m512i* d, long at, long size) { return _mm512_cmplt_epu32_mask(
@@ -255,7 +264,7 @@ template <class T> void finish(const float* C, long ldc, T* y, long m, long N, S
   }
   sums.count[t] += m;
   for (long r = 0; r < m; r++)
-    for (long c = 0; c < N; c += 16) store(y + r * N + c, load(C + r * ldc + c), lanes(N - c));
+    blocks(N, [&](long c, auto k) { store(y + r * N + c, load(C + r * ldc + c), k); });
 }
 
 template <class T, class F>
@@ -279,14 +288,13 @@ void through_clamp(const S* da, long ld, const Normed<T> a, const T* skip, T* g,
   std::vector<float> s1(up(a.C, 16)), s2(up(a.C, 16));
   float *p1 = s1.data(), *p2 = s2.data();
   for (long r = 0; r < m; r++)
-    for (long c = 0; c < a.C; c += 16) {
-      const Mask k = lanes(a.C - c);
+    blocks(a.C, [=](long c, auto k) {
       const long at = r * a.C + c;
       const V y = load(a.y + at, k), v = _mm512_maskz_mov_ps(a.inside(a.z(y, c, k)), load(da + r * ld + c, k));
       if (g) store(g + at, skip ? _mm512_add_ps(v, load(skip + at, k)) : v, k);
       store(p1 + c, _mm512_add_ps(load(p1 + c), v));
       store(p2 + c, _mm512_fmadd_ps(v, _mm512_sub_ps(y, load(a.n.mean + c, k)), load(p2 + c)));
-    }
+    });
   for (long c = 0; c < a.C; c += 16) sums.add(t, c, load(p1 + c), load(p2 + c));
 }
 
@@ -343,11 +351,11 @@ inline std::vector<float> taps(const float* W, long C) {   // (C, 9) -> [C / 16]
 // A row from memory into scratch, `step` columns apart, after the zero column at its left.
 template <class F> inline void spread(const F value, float* to, long pitch, long columns, long step, long C) {
   for (long i = 0; i < columns; i++)
-    for (long c = 0; c < C; c += 16) store(to + c / 16 * pitch + 16 * (i * step + 1), value(i, c, lanes(C - c)));
+    blocks(C, [=](long c, auto k) { store(to + c / 16 * pitch + 16 * (i * step + 1), value(i, c, k)); });
 }
 template <class T> inline void unspread(const float* from, T* to, long pitch, long columns, long C) {
   for (long i = 0; i < columns; i++)
-    for (long c = 0; c < C; c += 16) store(to + i * C + c, load(from + c / 16 * pitch + 16 * (i + 1)), lanes(C - c));
+    blocks(C, [=](long c, auto k) { store(to + i * C + c, load(from + c / 16 * pitch + 16 * (i + 1)), k); });
 }
 
 template <class T>                                  // 16 channels of one output row, and its statistics
@@ -530,11 +538,10 @@ Tensor norm_forward(const Tensor& y, const Tensor& norm, double lo, double hi, O
       const T* sp = skip ? in<T>(skip) + begin * C : nullptr;
       T* op = out.data_ptr<T>() + begin * C;
       for (long r = 0; r < end - begin; r++)
-        for (long c = 0; c < C; c += 16) {
-          const Mask m = lanes(C - c);
+        blocks(C, [=](long c, auto m) {
           const V v = a(r, c, m);
           store(op + r * C + c, sp ? _mm512_add_ps(v, load(sp + r * C + c, m)) : v, m);
-        }
+        });
     });
   });
   return out;

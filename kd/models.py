@@ -128,7 +128,8 @@ def _load_file(model: nn.Module, path: Path, say: Callable[[str], None]) -> None
     model.load_state_dict({key: value for key, value in given.items() if key not in replaced}, strict=False)
     for key in sorted(replaced):
         if key.endswith("weight"):
-            say(f"{path.name}: the head of {len(given[key])} classes was replaced by a random one of {len(wanted[key])}")
+            say(f"{path.name}: the head of {len(given[key])} classes was replaced by a random one of "
+                f"{len(wanted[key])}")
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -183,11 +184,11 @@ def load_saved(folder: Path, model: nn.Module) -> nn.Module:
     return model
 
 
-def card(title: str, license: str, dataset: str, scores: dict[str, Any], lines: list[str]) -> str:
-    """A model card: YAML for the Hub (license, dataset, metrics), then `lines` of Markdown."""
-    meta = {"library_name": "timm", "license": license, "tags": ["image-classification", "knowledge-distillation"],
-            "datasets": [dataset], "metrics": ["accuracy", "f1"]}
+def card(name: str, dataset: str, facts: dict[str, Any], what: str) -> str:
+    """A model card: YAML for the Hub, what the model is, how to load it, and a table of `facts`."""
+    meta = {"library_name": "timm", "license": "apache-2.0", "datasets": [dataset], "metrics": ["accuracy", "f1"],
+            "tags": ["image-classification", "knowledge-distillation", "timm"]}
     yaml = "\n".join(f"{key}: {json.dumps(value)}" for key, value in meta.items())
-    table = "\n".join(f"| {name} | {value} |" for name, value in scores.items())
-    body = "\n".join(lines)
-    return f"---\n{yaml}\n---\n# {title}\n\n{body}\n\n| | |\n|---|---|\n{table}\n"
+    table = "\n".join(f"| {key} | {value} |" for key, value in facts.items() if not isinstance(value, list))
+    return (f"---\n{yaml}\n---\n# {name} on {dataset}\n\n`{name}`, {what}.\n\n"
+            f'Load it with `timm.create_model("local-dir:FOLDER", pretrained=True)`.\n\n| | |\n|---|---|\n{table}\n')

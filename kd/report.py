@@ -47,8 +47,17 @@ class Records:
 def epoch_line(entry: dict[str, Any], epochs: int, best: bool) -> str:
     """One epoch in one line; the star marks the best so far by validation accuracy."""
     return (f"{entry['role']:>7} {entry['epoch']:>{len(str(epochs))}}/{epochs}  train loss {entry['train_loss']:.4f}  "
-            f"validation {100 * entry['accuracy']:5.1f} % (macro-F1 {entry['macro_f1']:.3f}, loss {entry['loss']:.3f})  "
+            f"validation {100 * entry['accuracy']:5.1f} % "
+            f"(macro-F1 {entry['macro_f1']:.3f}, loss {entry['loss']:.3f})  "
             f"{entry['images_per_second']:6.1f} img/s{'  *' if best else ''}")
+
+
+def test_row(name: str, params: int, result: dict[str, Any], validation: float) -> dict[str, Any]:
+    """One model in result.json: its test scores, and the validation accuracy that its weights were chosen by."""
+    row = {"model": name, "params": params, "validation_accuracy": validation}
+    for key in ("accuracy", "macro_f1", "correct", "total"):
+        row[f"test_{key}"] = result[key]
+    return {**row, **{key: value for key, value in result.items() if f"test_{key}" not in row}}
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:

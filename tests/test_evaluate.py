@@ -4,7 +4,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from kd.evaluate import calibration_error, collect_logits, confusion_matrix, macro_f1, scores
+from kd.evaluate import calibration_error, chance_level, collect_logits, confusion_matrix, macro_f1, scores
 
 
 def test_scores_of_a_small_case():
@@ -48,3 +48,8 @@ def test_logits_come_in_the_order_of_the_samples_with_a_ragged_last_batch():
     logits = collect_logits(lambda x: torch.cat([x, -x], 1), inputs, 7, 3)
     assert seen == [[0, 1, 2], [3, 4, 5], [6]]
     assert logits.tolist() == [[i, -i] for i in range(7)]
+
+
+def test_chance_is_the_largest_class_and_two_standard_errors():
+    assert np.isclose(chance_level(np.array([0] * 50 + [1] * 50)), 0.5 + 2 * 0.05)
+    assert chance_level(np.array([0] * 90 + [1] * 10)) > 0.9

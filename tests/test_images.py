@@ -1,6 +1,7 @@
 """kd/images.py: a store of decoded pictures that never gives a wrong one."""
 
 import errno
+import fcntl
 import io
 import os
 import signal
@@ -266,6 +267,27 @@ def test_waiting_process_takes_over_from_a_killed_one(tmp_path):
     child.wait()
     check_frames(data)
     assert sum("another process is decoding" in line for line in said) == 1
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_lock_is_on_the_file_that_has_the_name(tmp_path, monkeypatch, replaced):
+    """Its last holder may rename it between another process's open and lock, and a third may make a new one."""
+    path, real, calls = tmp_path / "x.tmp", fcntl.flock, []
+
+    def late(descriptor, operation):
+        if not calls:
+            path.rename(tmp_path / "x.frames")
+            if replaced:
+                path.touch()
+        calls.append(descriptor)
+        real(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    descriptor = images._lock(path)
+    assert descriptor is not None and len(calls) == 2
+    assert os.fstat(descriptor).st_ino == path.stat().st_ino
+    assert images._lock(path) is None
+    os.close(descriptor)
 
 
 def test_resident_set_stays_bounded(tmp_path):

@@ -64,9 +64,11 @@ def assert_no_worse(result, s, t, labels, T, weight, upstream=1.0, **kwargs):
     ref, ref_g = loss_and_gradient(kd_loss, s.float(), t.float(), labels, T, weight, upstream=upstream, **kwargs)
     loss, g = result
     if exact.isfinite():
-        assert abs(loss - exact) <= abs(ref - exact) + 4 * EPS * (abs(exact) + weight * T * T * 1)
+        assert abs(loss - exact) <= abs(ref - exact) + 4 * EPS * (abs(exact) + weight * T * T)
+    elif loss.isfinite():  # +∞ in mathematics, but what the student excludes has a probability that fp32 rounds to 0
+        assert (torch.softmax(t.double() / T, dim=1)[s == -INF] < torch.finfo(torch.float32).smallest_normal).all()
     else:
-        assert torch.equal(loss, exact) or (loss.isnan() and exact.isnan())
+        assert torch.equal(loss, exact)
     n = max(1, int((labels != kwargs.get("ignore_index", -100)).sum()))
     largest_term = abs(upstream) * ((1 - weight) + weight * T) / n
     tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # the step of the denormals

@@ -15,7 +15,8 @@ from kd import BadInput, models
 CLASSES = ("angular", "rust", "healthy")
 
 
-def make(weights: str = "none", name: str = "test_resnet", classes: tuple[str, ...] = CLASSES, said: list | None = None):
+def make(weights: str = "none", name: str = "test_resnet", classes: tuple[str, ...] = CLASSES,
+         said: list | None = None):
     return models.create("teacher", name, classes, weights, (said if said is not None else []).append)
 
 

@@ -129,8 +129,8 @@ def test_stored_logits_are_the_live_teachers_under_shuffles_epochs_batch_sizes_a
     train.main(config)
     run = runtime.start("cpu", "off", "off")
     dataset = train.open_dataset(config.dataset, 0)
-    teacher_model = models.freeze(models.create("teacher", config.teacher, dataset.classes,
-                                                str(Path(config.out) / "teacher")).to(memory_format=torch.channels_last))
+    teacher_model = models.create("teacher", config.teacher, dataset.classes, str(Path(config.out) / "teacher"))
+    models.freeze(teacher_model.to(memory_format=torch.channels_last))
     prep = models.preprocessing(teacher_model)
     data = train.decode(dataset, size=32, crop_pct=prep.crop_pct, interpolation=prep.interpolation,
                         cache_dir=config.cache_dir)
@@ -233,7 +233,8 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tiny, number, status):
     train.main(whole)
     out = Path(config.out)
     for epochs in (2, 5):  # killed twice, somewhere after that many epochs
-        process = subprocess.Popen(command(config, "--resume"), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command(config, "--resume"), cwd=ROOT, stdout=subprocess.PIPE,
+                                   stderr=subprocess.STDOUT)
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and process.poll() is None:
             if (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_bytes().count(b"\n") >= epochs:
