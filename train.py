@@ -42,7 +42,7 @@ class Config:
     teacher: str = flag("resnet50", "timm model that teaches")
     teacher_weights: str = flag("imagenet", "imagenet (timm's), none, a .safetensors file, or a saved folder")
     teacher_epochs: int = flag(8, "epochs of fine-tuning before it teaches; 0: as loaded", low=0)
-    teacher_lr: float = flag(1e-4, "peak learning rate of the teacher's fine-tuning", above=0)
+    teacher_lr: float = flag(2e-4, "peak learning rate of the teacher's fine-tuning", above=0)
     allow_weak_teacher: bool = flag(False, "teach even where the teacher is near chance")
     student: str = flag("mobilenetv2_100", "timm model that learns, from random weights")
     temperature: float = flag(5.0, "T, softens both distributions", above=0)
@@ -216,8 +216,7 @@ def fit(role: str, model: nn.Module, prep: models.Preprocessing, data: Data, cfg
                                             "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                                             "scaler": scaler.state_dict()})
         last_save = clock = time.monotonic()
-        if stop.signal:
-            raise runtime.Stopped(stop.signal)
+        stop.heed()
 
     for epoch in range(at["epoch"], epochs):
         view = epoch % cfg.views if cfg.views else epoch
@@ -309,7 +308,8 @@ def main(cfg: Config) -> dict[str, Any]:
     cache = Path(cfg.cache_dir).expanduser()
 
     def decoded(interpolation: str) -> Data:
-        return decode(dataset, size=cfg.size, crop_pct=prep.crop_pct, interpolation=interpolation, cache_dir=cache)
+        return decode(dataset, size=cfg.size, crop_pct=prep.crop_pct, interpolation=interpolation, cache_dir=cache,
+                      progress=stop.heed)
 
     data = decoded(prep.interpolation)
 
@@ -341,7 +341,7 @@ def main(cfg: Config) -> dict[str, Any]:
     models.freeze(teacher_model)
 
     def asked(split: Split, label: str) -> np.ndarray:
-        return predict(teacher_model, split, teacher_prep, cfg, run, label, lambda: None)
+        return predict(teacher_model, split, teacher_prep, cfg, run, label, stop.heed)
 
     on_validation = scores(asked(teacher_data.validation, "teacher validation"), data.validation.labels)
     teacher_test_logits = asked(teacher_data.test, "teacher test")
@@ -373,7 +373,7 @@ def main(cfg: Config) -> dict[str, Any]:
         trained(role, model, prep, data, cfg.epochs, cfg.lr, kd_weight, by)
 
         # 6 the best-by-validation weights, once, on test
-        logits = predict(model, data.test, prep, cfg, run, f"{role} test", lambda: None)
+        logits = predict(model, data.test, prep, cfg, run, f"{role} test", stop.heed)
         best = max(entry["accuracy"] for entry in state["history"] if entry["role"] == role)
         on_test = scores(logits, data.test.labels, teacher_test_logits)
         rows[role] = report.test_row(cfg.student, models.parameters(model), on_test, best)

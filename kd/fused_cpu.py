@@ -40,7 +40,7 @@ def _library() -> Path:
     flags = ["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
              *ISA.get(torch.backends.cpu.get_cpu_capability(), [])]
     key = hashlib.sha256(repr((torch.__version__, flags)).encode() + SOURCE.read_bytes()).hexdigest()[:16]
-    cache = Path(cpp_extension.get_default_build_root()) / "kd_fused_cpu"
+    cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()) / "kd_fused_cpu"
     library = cache / f"{key}.so"
     if not library.exists():
         # Built aside and renamed into place: two processes may build at once, and one may be killed while it does;

@@ -97,6 +97,11 @@ def _check(student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor
                              f"got {tuple(teacher_logits.shape)}")
         if not teacher_logits.is_floating_point():
             raise TypeError(f"teacher_logits must be floating point, got {teacher_logits.dtype}")
+        if teacher_logits.device != student_logits.device:
+            raise ValueError(f"teacher_logits must be on {student_logits.device} like student_logits, "
+                             f"got {teacher_logits.device}")
+    if labels.device != student_logits.device:
+        raise ValueError(f"labels must be on {student_logits.device} like student_logits, got {labels.device}")
     if labels.is_floating_point():
         if labels.shape != shape:
             raise ValueError(f"labels, as class probabilities, must be {tuple(shape)} like student_logits, "

@@ -70,6 +70,7 @@ def create(flag: str, name: str, classes: tuple[str, ...], weights: str = "none"
         model = timm.create_model(name, pretrained=False, num_classes=len(classes))
     except RuntimeError as error:
         raise BadInput(f"--{flag} {name}: {error}") from error
+    _restart_head(model)
     if weights != "none":
         _load_file(model, _weights_file(flag, weights), say)
     return model
@@ -87,8 +88,20 @@ def _create_pretrained(flag: str, name: str, classes: int, say: Callable[[str], 
         raise BadInput(f"--{flag}-weights imagenet: {name}: {error}") from error
     declared = _declared(model).get("num_classes")
     if declared not in (None, classes):
+        _restart_head(model)
         say(f"{name}: the head of {declared} classes was replaced by a random one of {classes}")
     return model
+
+
+def _restart_head(model: Any) -> None:
+    """Give the head PyTorch's own initialisation, uniform within 1 / sqrt(inputs).
+
+    timm's for the EfficientNet family (MobileNetV2 is one) is uniform within 1 / sqrt(classes): meant for 1000, with 3
+    it starts at a loss of 5 to 10 and spoils pretrained features in the first epoch.
+    """
+    head = model.get_classifier()
+    if isinstance(head, nn.Linear):
+        head.reset_parameters()
 
 
 def _weights_file(flag: str, weights: str) -> Path:

@@ -55,6 +55,14 @@ def start(device: str, amp: str, compile: str) -> Runtime:
     return Runtime(chosen, dtype, compiled, line)
 
 
+class Stopped(Exception):
+    """The run was asked to stop, and has saved; `.status` is the process's exit status (130 or 143)."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}; go on with --resume")
+        self.status = 128 + number
+
+
 class Stop:
     """Set by SIGTERM or SIGINT: the loop asks at every step, saves, and leaves. A second signal stops at once."""
 
@@ -66,20 +74,17 @@ class Stop:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._received)
 
+    def heed(self, *_: Any) -> None:
+        """Raise Stopped if a signal came; what the work at hand calls when nothing needs saving (or has been)."""
+        if self.signal:
+            raise Stopped(self.signal)
+
     def _received(self, number: int, frame: Any) -> None:
         if self.signal:
             os._exit(128 + number)  # the user insists: no saving, no clean-up
         self.signal = number
         print(f"\n{signal.Signals(number).name}: finishing this step and saving; once more stops at once",
               file=sys.stderr, flush=True)
-
-
-class Stopped(Exception):
-    """The run was asked to stop, and has saved; `.status` is the process's exit status (130 or 143)."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}; go on with --resume")
-        self.status = 128 + number
 
 
 def environment() -> dict[str, Any]:

@@ -272,7 +272,8 @@ def test_waiting_process_takes_over_from_a_killed_one(tmp_path):
 @pytest.mark.parametrize("replaced", [False, True])
 def test_lock_is_on_the_file_that_has_the_name(tmp_path, monkeypatch, replaced):
     """Its last holder may rename it between another process's open and lock, and a third may make a new one."""
-    path, real, calls = tmp_path / "x.tmp", fcntl.flock, []
+    path, real = tmp_path / "x.tmp", fcntl.flock
+    calls: list[int] = []
 
     def late(descriptor, operation):
         if not calls:
