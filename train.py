@@ -43,6 +43,7 @@ class Config:
     teacher_weights: str = flag("imagenet", "imagenet (timm's), none, a .safetensors file, or a saved folder")
     teacher_epochs: int = flag(8, "epochs of fine-tuning before it teaches; 0: as loaded", low=0)
     teacher_lr: float = flag(2e-4, "peak learning rate of the teacher's fine-tuning", above=0)
+    teacher_augment: str = flag("crop", "what a fresh view may change while the teacher is fine-tuned", ("none", "flip", "crop", "mixup"))
     allow_weak_teacher: bool = flag(False, "teach even where the teacher is near chance")
     student: str = flag("mobilenetv2_100", "timm model that learns, from random weights")
     temperature: float = flag(5.0, "T, softens both distributions", above=0)
@@ -63,8 +64,8 @@ class Config:
 RECIPES: dict[str, dict[str, Any]] = {
     # a few minutes on two CPU cores, with nothing to download: both models start from random weights
     "demo": dict(dataset="leaves", size=96, epochs=10, batch_size=16, lr=3e-3, schedule="cosine", warmup=0.1,
-                 weight_decay=0.02, teacher="resnet10t", teacher_weights="none", teacher_epochs=8, teacher_lr=1e-3,
-                 augment="flip", views=0),
+                 weight_decay=0.02, teacher="resnet10t", teacher_weights="none", teacher_epochs=6, teacher_lr=3e-3,
+                 teacher_augment="flip", augment="flip", views=0),
     "tutorial": dict(),
     "best": dict(),
 }
@@ -325,7 +326,7 @@ def main(cfg: Config) -> dict[str, Any]:
           f"({models.parameters(teacher_model):,}) | student {cfg.student} ({models.parameters(student):,}) | "
           f"loss {losses.choose_loss(cfg.loss, run.device, len(data.classes), SPECS[cfg.augment].mixup > 0)[1]}")
 
-    def trained(role: str, model: nn.Module, prep: models.Preprocessing, on: Data, epochs: int, lr: float,
+    def trained(role: str, model: nn.Module, cfg: Config, prep: models.Preprocessing, on: Data, epochs: int, lr: float,
                 kd_weight: float, teacher: Teacher | None) -> nn.Module:
         if role not in state["done"]:
             fit(role, model, prep, on, cfg, run, out, epochs=epochs, lr=lr, kd_weight=kd_weight, teacher=teacher,
@@ -334,7 +335,8 @@ def main(cfg: Config) -> dict[str, Any]:
         return models.load_saved(out / role, model)
 
     if cfg.teacher_epochs:
-        trained("teacher", teacher_model, teacher_prep, teacher_data, cfg.teacher_epochs, cfg.teacher_lr, 0.0, None)
+        own = dataclasses.replace(cfg, augment=cfg.teacher_augment, views=0)
+        trained("teacher", teacher_model, own, teacher_prep, teacher_data, cfg.teacher_epochs, cfg.teacher_lr, 0.0, None)
     else:
         models.save(teacher_model, out / "teacher", data.classes, teacher_prep, cfg.size,
                     model_card(cfg, "teacher", {}))
@@ -370,7 +372,7 @@ def main(cfg: Config) -> dict[str, Any]:
     rows = {"teacher": report.test_row(cfg.teacher, models.parameters(teacher_model), on_test,
                                        on_validation["accuracy"])}
     for role, (model, kd_weight, by) in contestants.items():
-        trained(role, model, prep, data, cfg.epochs, cfg.lr, kd_weight, by)
+        trained(role, model, cfg, prep, data, cfg.epochs, cfg.lr, kd_weight, by)
 
         # 6 the best-by-validation weights, once, on test
         logits = predict(model, data.test, prep, cfg, run, f"{role} test", stop.heed)

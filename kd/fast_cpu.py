@@ -60,6 +60,7 @@ class _Chain(torch.autograd.Function):
             call = (norm, lo, hi, conv.weight, conv.stride[0], conv.in_channels == 3 and conv.groups == 1)
             y, norm = _ops().conv_forward(y, *call, bn.weight, bn.bias, bn.running_mean, bn.running_var,
                                           bn.momentum, bn.eps, half)
+            assert bn.num_batches_tracked is not None
             bn.num_batches_tracked.add_(1)
             lo, hi = RANGES[type(bn.act)]
             ctx.calls.append(call)
@@ -110,7 +111,8 @@ def _fits(conv: nn.Module, bn: nn.Module) -> bool:
     return ((dense or depthwise) and conv.kernel_size == (k, k) and conv.stride == (s, s) and conv.dilation == (1, 1)
             and conv.padding == (k // 2, k // 2) and k % 2 == 1 and conv.padding_mode == "zeros" and bn.affine
             and conv.weight.dtype == bn.weight.dtype == torch.float32
-            and bn.track_running_stats and bn.momentum is not None and type(bn.act) in RANGES and type(bn.drop) is nn.Identity)
+            and bn.track_running_stats and bn.momentum is not None and type(bn.act) in RANGES
+            and type(bn.drop) is nn.Identity)
 
 
 def _layers(block: nn.Module) -> list[Layer]:

@@ -19,35 +19,35 @@ ISA = {"AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2
 
 def load() -> str:
     """Loads the CPU kernels; "" when done, else one line that says why not."""
-    if os.name != "posix":
-        return "built on Linux and macOS only"
+    # what cpp_extension logs (no CUDA_HOME, an unusual compiler) is no concern here; errors are raised, not logged
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         torch.ops.load_library(_library())
         return ""
     except Exception as error:  # a failed build must cost speed, never the run: no compiler, no ninja, a full disk
-        lines = [line for line in str(error).splitlines() if "error" in line] or [repr(error)]
-        return lines[0].strip()[:200]
+        lines = [line for line in str(error).splitlines() if "error: " in line or "not found" in line]
+        return (lines or str(error).splitlines() or [repr(error)])[0].strip()[:200]
+    finally:
+        logger.setLevel(level)
 
 
 def _library() -> Path:
-    # importing cpp_extension on a machine without a GPU logs a warning about CUDA_HOME, which is no concern here
-    logger = logging.getLogger("torch.utils.cpp_extension")
-    level, _ = logger.level, logger.setLevel(logging.ERROR)
-    from torch.utils import cpp_extension
-    logger.setLevel(level)
+    from torch.utils import cpp_extension  # slow to import
 
     # -fopenmp when compiling only: at link time the library then takes torch's own OpenMP, not a second pool
     flags = ["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
              *ISA.get(torch.backends.cpu.get_cpu_capability(), [])]
     key = hashlib.sha256(repr((torch.__version__, flags)).encode() + SOURCE.read_bytes()).hexdigest()[:16]
-    cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()) / "kd_fused_cpu"
-    library = cache / f"{key}.so"
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
+    library = Path(root) / "kd_fused_cpu" / f"{key}.so"
     if not library.exists():
         # Built aside and renamed into place: two processes may build at once, and one may be killed while it does;
         # neither ever sees half a library or waits for the other's lock.
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as build:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as build:
             cpp_extension.load("kd_fused_cpu", [str(SOURCE)], extra_cflags=flags, build_directory=build,
-                               is_python_module=False, is_standalone=False)
+                               is_python_module=False)
             os.replace(next(Path(build).glob("*.so")), library)
     return library

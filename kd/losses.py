@@ -141,7 +141,8 @@ def fused_kd_loss(student_logits: Tensor, teacher_logits: Tensor | None, labels:
     for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
         if logits is not None and logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise TypeError(f"{name} must be fp32, bf16 or fp16 for the fused loss, got {logits.dtype}: use kd_loss")
-    prepare(student_logits.device.type)
+    if student_logits.device.type not in _kernels:
+        prepare(student_logits.device.type)
     return _LossWithGradient.apply(student_logits, teacher_logits if kd_weight > 0 else None, labels,
                                    float(temperature), float(kd_weight), ignore_index, float(label_smoothing), inplace)
 
@@ -248,25 +249,24 @@ def _(grad, factor):
 @torch.compiler.disable
 def prepare(device_type: str) -> str:
     """Builds or imports the kernel for this kind of device, once; says which it is."""
-    if device_type not in _kernels:
-        why = ""
-        if device_type == "cpu":
-            from kd import fused_cpu
-            why = fused_cpu.load()
-            _kernels["cpu"] = "C++"
-        elif device_type == "cuda":
-            try:
-                from kd import fused_triton
-                fused_triton.register()
-            except ImportError as error:
-                why = str(error)
-            _kernels["cuda"] = "Triton"
-        else:
-            why = f"there is none for {device_type}"
-        if why:
-            _kernels[device_type] = "closed form"
-            print(f"fused loss: no kernel ({why}); torch.compile of the closed form instead", file=sys.stderr)
-    return _kernels[device_type]
+    if device_type in _kernels:
+        return _kernels[device_type]
+    kernel, why = "closed form", f"there is none for {device_type}"
+    if device_type == "cpu":
+        from kd import fused_cpu
+        kernel, why = "C++", fused_cpu.load()
+    elif device_type == "cuda":
+        try:
+            from kd import fused_triton
+            fused_triton.register()
+            kernel, why = "Triton", ""
+        except ImportError as error:
+            why = str(error)
+    if why:
+        kernel = "closed form"
+        print(f"fused loss: no kernel ({why}); torch.compile of the closed form instead", file=sys.stderr)
+    _kernels[device_type] = kernel
+    return kernel
 
 
 def choose_loss(loss: str, device: torch.device, num_classes: int,
