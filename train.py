@@ -43,7 +43,8 @@ class Config:
     teacher_weights: str = flag("imagenet", "imagenet (timm's), none, a .safetensors file, or a saved folder")
     teacher_epochs: int = flag(8, "epochs of fine-tuning before it teaches; 0: as loaded", low=0)
     teacher_lr: float = flag(2e-4, "peak learning rate of the teacher's fine-tuning", above=0)
-    teacher_augment: str = flag("crop", "what a fresh view may change while the teacher is fine-tuned", ("none", "flip", "crop", "mixup"))
+    teacher_augment: str = flag("crop", "what a fresh view may change while the teacher is fine-tuned",
+                                ("none", "flip", "crop", "mixup"))
     allow_weak_teacher: bool = flag(False, "teach even where the teacher is near chance")
     student: str = flag("mobilenetv2_100", "timm model that learns, from random weights")
     temperature: float = flag(5.0, "T, softens both distributions", above=0)
@@ -336,7 +337,8 @@ def main(cfg: Config) -> dict[str, Any]:
 
     if cfg.teacher_epochs:
         own = dataclasses.replace(cfg, augment=cfg.teacher_augment, views=0)
-        trained("teacher", teacher_model, own, teacher_prep, teacher_data, cfg.teacher_epochs, cfg.teacher_lr, 0.0, None)
+        trained("teacher", teacher_model, own, teacher_prep, teacher_data, cfg.teacher_epochs, cfg.teacher_lr, 0.0,
+                None)
     else:
         models.save(teacher_model, out / "teacher", data.classes, teacher_prep, cfg.size,
                     model_card(cfg, "teacher", {}))

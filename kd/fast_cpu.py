@@ -8,6 +8,7 @@ and norms inside a fused block do not fire in training.
 """
 import ctypes
 import functools
+import logging
 import platform
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -37,6 +38,8 @@ def _ops():
     """The compiled kernels; raises RuntimeError, OSError or ImportError where they cannot be had."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         raise RuntimeError("the CPU has no AVX-512")
+    # importing cpp_extension where there is no GPU logs a warning about CUDA_HOME, which is no concern here
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from torch.utils.cpp_extension import load
     load("kd_fast_cpu", [str(Path(__file__).with_suffix(".cpp"))], is_python_module=False, extra_ldflags=["-lgomp"],
          extra_cflags=["-O3", "-march=native", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno"])

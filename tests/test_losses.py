@@ -83,10 +83,10 @@ def test_reference_is_the_formula():
     s, t, labels = logits(5, 4)
     s, t, T, w = s.double(), t.double(), 3.0, 0.3
     p, q = torch.softmax(t / T, 1), torch.softmax(s / T, 1)
-    expected = 0.0
+    expected = torch.zeros((), dtype=torch.float64)
     for i in range(5):
-        expected -= (1 - w) * torch.log_softmax(s[i], 0)[labels[i]] / 5
-        expected += w * T * T * sum(p[i, j] * (p[i, j].log() - q[i, j].log()) for j in range(4)) / 5
+        expected = expected - (1 - w) * torch.log_softmax(s[i], 0)[labels[i]] / 5
+        expected = expected + w * T * T * sum(p[i, j] * (p[i, j].log() - q[i, j].log()) for j in range(4)) / 5
     assert kd_loss(s, t, labels, T, w).item() == pytest.approx(float(expected), rel=1e-12)
 
 
@@ -267,7 +267,7 @@ def test_no_second_derivative():
 def test_one_node_under_torch_compile_and_autocast(device):
     s, t, labels = (x.to(device) for x in logits(8, 33))
     weight = torch.eye(33, device=device)
-    nodes = []
+    nodes: list = []
 
     def backend(graph, inputs):
         nodes.extend(str(node.target) for g in graph.modules() if hasattr(g, "graph") for node in g.graph.nodes)
