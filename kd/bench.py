@@ -2,6 +2,7 @@
 
     python -m kd.bench [--json] [train.py's flags]            the loop, part by part, against the machine's limits
     python -m kd.bench compare [--json] [train.py's flags]    interleaved with the tutorial's loop, in one process
+    python -m kd.bench loss [--json] [--help]                 the loss alone (see kd/bench_loss.py)
 
 Machines drift by a factor of two within minutes, so only what is measured in turns, in one process, is compared; an
 A/A pair (the same thing timed twice in every round) says how far such a ratio can be trusted.
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import train
-from kd import BadInput, cli, fast_cpu, losses, models, report, runtime
+from kd import BadInput, bench_loss, cli, fast_cpu, losses, models, report, runtime
 from kd.images import Data, Split
 
 DEFAULTS = {"dataset": "beans", "size": 224, "batch_size": 8, "teacher": "resnet50", "teacher_weights": "none",
@@ -311,6 +312,8 @@ def show(result: dict[str, Any], indent: str = "") -> None:
 
 def main(argv: list[str]) -> int:
     """`argv` as on the command line; returns the exit status."""
+    if argv[:1] == ["loss"]:
+        return bench_loss.main(argv[1:])
     kind, argv = (parts, argv) if argv[:1] != ["compare"] else (compare, argv[1:])
     own = {"--rounds": 12, "--steps": 8}
     for option in own:

@@ -19,6 +19,7 @@
 #include <torch/library.h>
 #include <immintrin.h>
 #include <limits>
+#include <numeric>
 #include <tuple>
 #include <vector>
 
@@ -31,7 +32,8 @@ using OptTensor = const std::optional<Tensor>&;
 
 constexpr long up(long n, long to) { return (n + to - 1) / to * to; }
 
-// A block of channels: all 16 (All), or the last few (Mask). Masked accesses are slow, so loops see which at compile time.
+// A block of channels: all 16 (All), or the last few (Mask); which one is known at compile time, since masked
+// accesses are slow.
 struct All {};
 template <class F> inline __attribute__((always_inline)) void blocks(long C, const F& f) {
   long c = 0;
@@ -76,13 +78,14 @@ template <class T> inline V madd(V a, V b, V c) {
   return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
 #else
   auto low = [](V v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(v), 16)); };
-  auto high = [](V v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_srli_epi32(_mm512_castps_si512(v), 16), 16)); };
+  auto high = [](V v) { return _mm512_and_ps(v, _mm512_castsi512_ps(_mm512_set1_epi32(0xffff0000))); };
   return _mm512_fmadd_ps(high(a), high(b), _mm512_fmadd_ps(low(a), low(b), c));
 #endif
 }
 
 template <class T, int MR, int NV>                  // MR*NV accumulators stay in registers
-void strip(long m, long kw, const float* A, long row, long col, const float* B, long ldb, float* C, long ldc, bool add) {
+void strip(long m, long kw, const float* A, long row, long col, const float* B, long ldb, float* C, long ldc,
+           bool add) {
   for (; m >= MR; m -= MR, A += MR * row, C += MR * ldc) {
     V acc[MR][NV];
     for (int r = 0; r < MR; r++)
@@ -158,10 +161,15 @@ struct Norm {                                       // the norm and clamp that t
 };
 template <class T> struct Normed {                  // rows of a = clamp(scale*y + shift)
   const T* y; long C; Norm n;
-  template <class M> V z(V y, long c, M m) const { return _mm512_fmadd_ps(y, load(n.scale + c, m), load(n.shift + c, m)); }
-  V clamp(V z) const { return _mm512_min_ps(_mm512_set1_ps(n.hi), _mm512_max_ps(_mm512_set1_ps(n.lo), z)); }  // NaN stays
+  template <class M> V z(V y, long c, M m) const {
+    return _mm512_fmadd_ps(y, load(n.scale + c, m), load(n.shift + c, m));
+  }
+  V clamp(V z) const {                              // in this order of operands NaN stays NaN
+    return _mm512_min_ps(_mm512_set1_ps(n.hi), _mm512_max_ps(_mm512_set1_ps(n.lo), z));
+  }
   Mask inside(V z) const {
-    return _mm512_cmp_ps_mask(z, _mm512_set1_ps(n.lo), _CMP_GT_OQ) & _mm512_cmp_ps_mask(z, _mm512_set1_ps(n.hi), _CMP_LT_OQ);
+    return _mm512_cmp_ps_mask(z, _mm512_set1_ps(n.lo), _CMP_GT_OQ) &
+           _mm512_cmp_ps_mask(z, _mm512_set1_ps(n.hi), _CMP_LT_OQ);
   }
   template <class M> V operator()(long r, long c, M m) const { return clamp(z(load(y + r * C + c, m), c, m)); }
   Normed from(long row) const { return {y + row * C, C, n}; }
@@ -189,7 +197,9 @@ struct Sums {
     if (!count[t]) store(&about[t * Cp + c], first);
     return load(&about[t * Cp + c]);
   }
-  void add(long t, long c, V s1, V s2) { accumulate(&s[t * 2 * Cp + c], s1), accumulate(&s[(t * 2 + 1) * Cp + c], s2); }
+  void add(long t, long c, V s1, V s2) {
+    accumulate(&s[t * 2 * Cp + c], s1), accumulate(&s[(t * 2 + 1) * Cp + c], s2);
+  }
 
   // Merges the threads' means and squared deviations (Chan et al. 1979), moves the running statistics as
   // nn.BatchNorm2d does (unbiased variance), and gives the Norm's (4, C) tensor.
@@ -198,6 +208,8 @@ struct Sums {
     Tensor out = at::empty({4, C}, gamma.options());
     float *o = out.data_ptr<float>(), *rm = running_mean.data_ptr<float>(), *rv = running_var.data_ptr<float>();
     const float *ga = gamma.const_data_ptr<float>(), *be = beta.const_data_ptr<float>();
+    const long rows = std::accumulate(count.begin(), count.end(), 0L);
+    TORCH_CHECK_VALUE(rows > 1, "Expected more than 1 value per channel when training");
     for (long c = 0; c < C; c++) {
       double total = 0, mean = 0, m2 = 0;
       for (long t = 0; t < n; t++) if (count[t]) {
@@ -230,23 +242,38 @@ struct Sums {
 
 template <class F> void split(long rows, const F& f) {     // f(t, first, last): fixed shares, one a thread
   const long n = at::get_num_threads();
-  at::parallel_for(0, n, 1, [&](long b, long e) { for (long t = b; t < e; t++) f(t, rows * t / n, rows * (t + 1) / n); });
+  at::parallel_for(0, n, 1, [&](long b, long e) {
+    for (long t = b; t < e; t++) f(t, rows * t / n, rows * (t + 1) / n);
+  });
 }
 
-// ---- 1x1 convolution and the dense first convolution, as matrix products over (N*H*W, C) -------------------------
-struct Patches {                                    // the image's: row (n, oh, ow), column (channel, kh, kw) as in the weight
-  const float* x; long H, W, OH, OW, C, k, stride, pad, sn, sc, sh, sw, first = 0;
-  template <class M> V operator()(long i, long c, M) const {
-    const Mask m = C - c < 16 ? (1 << (C - c)) - 1 : 0xffff;
-    const long r = first + i, h = r / OW % OH * stride - pad, w = r % OW * stride - pad;
-    const __m512i *o = (const __m512i*)&offsets[c], *dh = (const __m512i*)&khs[c], *dw = (const __m512i*)&kws[c];
-    auto in = [](const __m512i* d, long at, long size) { return _mm512_cmplt_epu32_mask(
-        _mm512_add_epi32(_mm512_loadu_si512(d), _mm512_set1_epi32(at)), _mm512_set1_epi32(size)); };
-    return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), m & in(dh, h, H) & in(dw, w, W), _mm512_loadu_si512(o),
-                                    x + r / OW / OH * sn + h * sh + w * sw, 4);
+// ---- 1x1 convolution, and the first one over the image, as matrix products over (N*H*W, C) -------------------------
+struct Patches {                                    // row (n, oh, ow), column (channel, kh, kw) as in the weight
+  const float* x;
+  long H, W, OH, OW, C, stride, pad, sn, sh, sw;
+  std::vector<int> offset, kh, kw;                  // of each column
+  Patches(const Tensor& image, long k, long stride) : x(image.const_data_ptr<float>()), H(image.size(2)),
+      W(image.size(3)), C(image.size(1) * k * k), stride(stride), pad(k / 2), sn(image.stride(0)),
+      sh(image.stride(2)), sw(image.stride(3)), offset(up(C, 16)), kh(up(C, 16)), kw(up(C, 16)) {
+    OH = (H - 1) / stride + 1, OW = (W - 1) / stride + 1;      // k is odd, padding k / 2
+    for (long c = 0; c < C; c++)
+      kh[c] = c / k % k, kw[c] = c % k, offset[c] = c / (k * k) * image.stride(1) + kh[c] * sh + kw[c] * sw;
   }
-  Patches from(long row) const { Patches p = *this; p.first = row; return p; }
-  const int *offsets, *khs, *kws;                   // of each column
+  struct From {
+    const Patches& p; long first;
+    template <class M> V operator()(long i, long c, M) const {
+      const Mask m = p.C - c < 16 ? (1 << (p.C - c)) - 1 : 0xffff;
+      const long r = first + i, h = r / p.OW % p.OH * p.stride - p.pad, w = r % p.OW * p.stride - p.pad;
+      auto in = [](const int* k, long at, long size) {         // 0 <= at + k < size
+        return _mm512_cmplt_epu32_mask(_mm512_add_epi32(_mm512_loadu_si512(k), _mm512_set1_epi32(at)),
+                                       _mm512_set1_epi32(size));
+      };
+      return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), m & in(&p.kh[c], h, p.H) & in(&p.kw[c], w, p.W),
+                                      _mm512_loadu_si512(&p.offset[c]),
+                                      p.x + r / p.OW / p.OH * p.sn + h * p.sh + w * p.sw, 4);
+    }
+  };
+  From from(long row) const { return {*this, row}; }
 };
 
 inline long chunk_rows(long words_a_row) { return std::max(48L, 65536 / words_a_row / 48 * 48); }  // fits in L2
@@ -282,31 +309,36 @@ void dense_forward(const F& input, const float* W, T* y, Sums& sums, long M, lon
   });
 }
 
-// g = dL/dz from da = dL/da, in float scratch or storage: zero where the clamp holds; and BatchNorm's two sums.
-template <class S, class T>
-void through_clamp(const S* da, long ld, const Normed<T> a, const T* skip, T* g, long m, Sums& sums, long t) {
-  std::vector<float> s1(up(a.C, 16)), s2(up(a.C, 16));
-  float *p1 = s1.data(), *p2 = s2.data();
+// g = dL/dz from dL/da = da(row, channel, lanes), zero where the clamp holds, and BatchNorm's two sums; s is scratch.
+template <class T, class F>
+void through_clamp(const F da, const Normed<T> a, const T* skip, T* g, long m, std::vector<float>& s, Sums& sums,
+                   long t) {
+  const long Cp = up(a.C, 16);
+  s.assign(2 * Cp, 0);
+  float *s1 = s.data(), *s2 = s1 + Cp;
   for (long r = 0; r < m; r++)
     blocks(a.C, [=](long c, auto k) {
       const long at = r * a.C + c;
-      const V y = load(a.y + at, k), v = _mm512_maskz_mov_ps(a.inside(a.z(y, c, k)), load(da + r * ld + c, k));
+      const V y = load(a.y + at, k), v = _mm512_maskz_mov_ps(a.inside(a.z(y, c, k)), da(r, c, k));
       if (g) store(g + at, skip ? _mm512_add_ps(v, load(skip + at, k)) : v, k);
-      store(p1 + c, _mm512_add_ps(load(p1 + c), v));
-      store(p2 + c, _mm512_fmadd_ps(v, _mm512_sub_ps(y, load(a.n.mean + c, k)), load(p2 + c)));
+      store(s1 + c, _mm512_add_ps(load(s1 + c), v));
+      store(s2 + c, _mm512_fmadd_ps(v, _mm512_sub_ps(y, load(a.n.mean + c, k)), load(s2 + c)));
     });
-  for (long c = 0; c < a.C; c += 16) sums.add(t, c, load(p1 + c), load(p2 + c));
+  for (long c = 0; c < Cp; c += 16) sums.add(t, c, load(s1 + c), load(s2 + c));
 }
 
 // dL/dy from g and y; dW (N, K) = dL/dy^T a; g_in = dL/dz of the input, unless it is the image (g_in null).
 template <class T, class F>
-void dense_backward(const F& input, const Normed<T>& a, const Sloped<T>& dy, const float* W, const T* skip, T* g_in, float* dW, Sums& sums, long M, long K, long N) {
+void dense_backward(const F& input, const Normed<T>& a, const Sloped<T>& dy, const float* W, const T* skip, T* g_in,
+                    float* dW, Sums& sums, long M, long K, long N) {
   const long Kp = up(K, 16), Np = up(N, 16), chunk = chunk_rows(2 * K + N), n = at::get_num_threads();
   const std::vector<float> P = g_in ? pack<T>(W, N, K, K, 1) : std::vector<float>();
   std::vector<float> dWs(n * N * Kp);
   split(M, [&](long t, long begin, long end) {
     std::vector<float> G(chunk * Np), G2(per<T> == 2 ? chunk * Np / 2 : 0), A(chunk * Kp / per<T>), X(chunk * Kp);
+    std::vector<float> s;
     float* pairs = per<T> == 2 ? G2.data() : G.data();
+    const auto da = [x = X.data(), Kp](long r, long c, auto) { return load(x + r * Kp + c); };
     for (long r0 = begin; r0 < end; r0 += chunk) {
       const long m = std::min(chunk, end - r0);
       put_all<T>(dy.from(r0), G.data(), pairs, Np, N, m);
@@ -314,7 +346,7 @@ void dense_backward(const F& input, const Normed<T>& a, const Sloped<T>& dy, con
       gemm<T>(N, Kp / 16, (m + per<T> - 1) / per<T>, pairs, 1, Np, A.data(), Kp, &dWs[t * N * Kp], Kp, true);
       if (!g_in) continue;
       gemm<T>(m, Kp / 16, (N + per<T> - 1) / per<T>, G.data(), Np / per<T>, 1, P.data(), Kp, X.data(), Kp, false);
-      through_clamp(X.data(), Kp, a.from(r0), skip ? skip + r0 * K : nullptr, g_in + r0 * K, m, sums, t);
+      through_clamp(da, a.from(r0), skip ? skip + r0 * K : nullptr, g_in + r0 * K, m, s, sums, t);
     }
   });
   at::parallel_for(0, N, 64, [&](long b, long e) {
@@ -353,21 +385,18 @@ template <class F> inline void spread(const F value, float* to, long pitch, long
   for (long i = 0; i < columns; i++)
     blocks(C, [=](long c, auto k) { store(to + c / 16 * pitch + 16 * (i * step + 1), value(i, c, k)); });
 }
-template <class T> inline void unspread(const float* from, T* to, long pitch, long columns, long C) {
-  for (long i = 0; i < columns; i++)
-    blocks(C, [=](long c, auto k) { store(to + i * C + c, load(from + c / 16 * pitch + 16 * (i + 1)), k); });
-}
 
 template <class T>                                  // 16 channels of one output row, and its statistics
-void depthwise_out(const float* a, const float* b, const float* c, const float* w, float* y, long OW, long s, long ch, Sums& sums,
-                   long t) {
+void depthwise_out(const float* a, const float* b, const float* c, const float* w, float* y, long OW, long s, long ch,
+                   Sums& sums, long t) {
   V wk[9];
 #pragma GCC unroll 9
   for (int k = 0; k < 9; k++) wk[k] = load(w + 16 * k);
   auto pixel = [=](long i) {
     V v = _mm512_mul_ps(wk[0], load(a + 16 * i * s));
 #pragma GCC unroll 9
-    for (int k = 1; k < 9; k++) v = _mm512_fmadd_ps(wk[k], load((k < 3 ? a : k < 6 ? b : c) + 16 * (i * s + k % 3)), v);
+    for (int k = 1; k < 9; k++)
+      v = _mm512_fmadd_ps(wk[k], load((k < 3 ? a : k < 6 ? b : c) + 16 * (i * s + k % 3)), v);
     return rounded<T>(v);
   };
   const V center = sums.center(t, ch, pixel(0));
@@ -393,16 +422,20 @@ void depthwise_forward(const Normed<T>& input, const float* W, T* y, Sums& sums,
       for (long k = 0; k < 3; k++) in[k] = ring.get(o / OH, o % OH * s - 1 + k, H, fill);
       for (long c = 0, at = 0; c < C; c += 16, at += pitch)
         depthwise_out<T>(in[0] + at, in[1] + at, in[2] + at, &w[c * 9], &out[at], OW, s, c, sums, t);
-      unspread(out.data(), y + o * OW * C, pitch, OW, C);
+      for (long i = 0; i < OW; i++)
+        blocks(C, [=, from = out.data()](long c, auto k) {
+          store(y + (o * OW + i) * C + c, load(from + c / 16 * pitch + 16 * (i + 1)), k);
+        });
       sums.count[t] += OW;
     }
   });
 }
 
-// 16 channels of one input row: each dL/dy value meets its weight for dL/da, and a for dW, in the same visit. dL/dy rows
-// are spread to the input's columns, zeros between where stride is 2; ROWS says which kh have a row at all (bit kh).
+// 16 channels of one input row: each dL/dy value meets its weight for dL/da, and a for dW, in the same visit. dL/dy
+// rows are spread to the input's columns, zeros between where stride is 2; bit kh of ROWS says whether kh has a row.
 template <int ROWS>
-void depthwise_in(const float* d0, const float* d1, const float* d2, const float* w, const float* a, float* da, float* dw, long WI) {
+void depthwise_in(const float* d0, const float* d1, const float* d2, const float* w, const float* a, float* da, float* dw,
+                  long WI) {
   V wk[9], acc[9];
 #pragma GCC unroll 9
   for (int k = 0; k < 9; k++) wk[k] = load(w + 16 * k), acc[k] = load(dw + 16 * k);
@@ -421,15 +454,18 @@ void depthwise_in(const float* d0, const float* d1, const float* d2, const float
 }
 
 template <class T>
-void depthwise_backward(const Normed<T>& input, const Sloped<T>& dy, const float* W, T* g_in, float* dW, Sums& sums, long N, long H,
-                        long WI, long s) {
-  const long C = input.C, OH = (H - 1) / s + 1, OW = (WI - 1) / s + 1, pitch = (WI + 2) * 16, n = at::get_num_threads();
-  const long Cp = up(C, 16);
+void depthwise_backward(const Normed<T>& input, const Sloped<T>& dy, const float* W, T* g_in, float* dW, Sums& sums,
+                        long N, long H, long WI, long s) {
+  const long C = input.C, Cp = up(C, 16), OH = (H - 1) / s + 1, OW = (WI - 1) / s + 1, pitch = (WI + 2) * 16;
+  const long n = at::get_num_threads();
   const std::vector<float> w = taps(W, C);
   std::vector<float> dWs(n * Cp * 9);
   split(N * H, [&](long t, long begin, long end) {
     Ring ring(Cp / 16 * pitch);
-    std::vector<float> a(ring.size), da(ring.size), flat(WI * Cp);
+    std::vector<float> a(ring.size), da(ring.size), s1;
+    const auto value = [p = da.data(), pitch](long i, long c, auto) {
+      return load(p + c / 16 * pitch + 16 * (i + 1));
+    };
     auto fill = [&](long row, float* to) { spread(dy.from(row * OW), to, pitch, OW, s, C); };
     for (long r = begin; r < end; r++) {
       const float* d[3] = {};
@@ -440,8 +476,7 @@ void depthwise_backward(const Normed<T>& input, const Sloped<T>& dy, const float
       for (long c = 0, at = 0; c < C; c += 16, at += pitch)
         (some == 7 ? depthwise_in<7> : some == 2 ? depthwise_in<2> : depthwise_in<5>)(
             d[0] + at, d[1] + at, d[2] + at, &w[c * 9], &a[at], &da[at], &dWs[t * Cp * 9 + c * 9], WI);
-      unspread(da.data(), flat.data(), pitch, WI, Cp);
-      through_clamp(flat.data(), Cp, input.from(r * WI), (const T*)nullptr, g_in + r * WI * C, WI, sums, t);
+      through_clamp(value, input.from(r * WI), (const T*)nullptr, g_in + r * WI * C, WI, s1, sums, t);
     }
   });
   for (long c = 0; c < C; c++) for (long k = 0; k < 9; k++) {
@@ -455,38 +490,20 @@ void depthwise_backward(const Normed<T>& input, const Sloped<T>& dy, const float
 template <class F> void dispatch(const Tensor& t, const F& f) { t.scalar_type() == at::kFloat ? f(float()) : f(BF()); }
 template <class T> const T* in(const Tensor& t) { return t.const_data_ptr<T>(); }
 template <class T> const T* in(OptTensor t) { return t ? t->const_data_ptr<T>() : nullptr; }
-Tensor empty(const Tensor& like, long n, long c, long h, long w) {
-  return at::empty({n, c, h, w}, like.options(), at::MemoryFormat::ChannelsLast);
-}
 Tensor identity(long C) {
   return at::tensor({0.f, 1.f, 1.f, 0.f}).unsqueeze(1).expand({4, C}).contiguous();
 }
 constexpr double inf = std::numeric_limits<double>::infinity();
-bool is_depthwise(const Tensor& x, const Tensor& w) { return w.size(1) == 1 && w.size(2) == 3 && w.size(0) == x.size(1); }
-struct Image : Patches {                            // owns its tables
-  std::vector<int> tables[3];
-  Image(const Tensor& x, const Tensor& w, long s) {
-    k = w.size(2), pad = (k - 1) / 2, stride = s, C = x.size(1) * k * k;
-    Patches::x = x.const_data_ptr<float>(), H = x.size(2), W = x.size(3);
-    OH = (H + 2 * pad - k) / s + 1, OW = (W + 2 * pad - k) / s + 1;
-    sn = x.stride(0), sc = x.stride(1), sh = x.stride(2), sw = x.stride(3);
-    for (auto& t : tables) t.resize(up(C, 16));
-    for (long c = 0; c < C; c++) {
-      const int kh = c / k % k, kw = c % k;
-      tables[0][c] = c / (k * k) * sc + kh * sh + kw * sw, tables[1][c] = kh, tables[2][c] = kw;
-    }
-    offsets = tables[0].data(), khs = tables[1].data(), kws = tables[2].data();
-  }
-};
+bool is_depthwise(const Tensor& w) { return w.size(1) == 1 && w.size(2) == 3; }
 
 // x: y_{i-1} and its norm, or (image) a float tensor of any layout. Gives y_i and its norm.
-std::tuple<Tensor, Tensor> conv_forward(const Tensor& x, OptTensor norm, double lo, double hi, const Tensor& w, long stride,
-    bool image, const Tensor& gamma, const Tensor& beta, const Tensor& rmean, const Tensor& rvar, double momentum, double eps,
-    bool half) {
+std::tuple<Tensor, Tensor> conv_forward(const Tensor& x, OptTensor norm, double lo, double hi, const Tensor& w,
+    long stride, bool image, const Tensor& gamma, const Tensor& beta, const Tensor& rmean, const Tensor& rvar,
+    double momentum, double eps, bool half) {
   const Tensor nt = norm ? *norm : identity(x.size(1));
   const Norm nm(nt, norm ? lo : -inf, norm ? hi : inf);
-  const long N = x.size(0), C = x.size(1), O = w.size(0), k = w.size(2), pad = (k - 1) / 2;
-  Tensor y = at::empty({N, O, (x.size(2) + 2 * pad - k) / stride + 1, (x.size(3) + 2 * pad - k) / stride + 1},
+  const long N = x.size(0), C = x.size(1), O = w.size(0), k = w.size(2);
+  Tensor y = at::empty({N, O, (x.size(2) - 1) / stride + 1, (x.size(3) - 1) / stride + 1},
                        x.options().dtype(half ? at::kBFloat16 : at::kFloat), at::MemoryFormat::ChannelsLast);
   Sums sums(O, at::get_num_threads());
   const Tensor plain = w.contiguous();              // a channels_last weight is not (O, C*k*k) in memory
@@ -495,8 +512,8 @@ std::tuple<Tensor, Tensor> conv_forward(const Tensor& x, OptTensor norm, double 
   dispatch(y, [&](auto v) {
     using T = decltype(v);
     T* out = y.data_ptr<T>();
-    if (image) dense_forward<T>((const Patches&)Image(x, w, stride), W, out, sums, M, C * k * k, O);
-    else if (is_depthwise(x, w)) depthwise_forward<T>({in<T>(x), C, nm}, W, out, sums, N, x.size(2), x.size(3), stride);
+    if (image) dense_forward<T>(Patches(x, k, stride), W, out, sums, M, C * k * k, O);
+    else if (is_depthwise(w)) depthwise_forward<T>({in<T>(x), C, nm}, W, out, sums, N, x.size(2), x.size(3), stride);
     else dense_forward<T>(Normed<T>{in<T>(x), C, nm}, W, out, sums, M, C, O);
   });
   return {y, sums.norm(gamma, beta, rmean, rvar, momentum, eps)};
@@ -519,8 +536,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(const Tensor& g, const Tensor& 
     const Sloped<T> dy{in<T>(g), in<T>(y), O, coef};
     const Normed<T> a{image ? nullptr : in<T>(x), C, nm};
     T* to = image ? nullptr : g_in.data_ptr<T>();
-    if (image) dense_backward<T>((const Patches&)Image(x, w, stride), a, dy, W, nullptr, to, dW, sums, M, C * k * k, O);
-    else if (is_depthwise(x, w)) depthwise_backward<T>(a, dy, W, to, dW, sums, N, x.size(2), x.size(3), stride);
+    if (image) dense_backward<T>(Patches(x, k, stride), a, dy, W, nullptr, to, dW, sums, M, C * k * k, O);
+    else if (is_depthwise(w)) depthwise_backward<T>(a, dy, W, to, dW, sums, N, x.size(2), x.size(3), stride);
     else dense_backward<T>(a, a, dy, W, in<T>(skip), to, dW, sums, M, C, O);
   });
   return {g_in, dw, sums.slope(nm, x.numel() / C)};
@@ -559,9 +576,11 @@ std::tuple<Tensor, Tensor> norm_backward(const Tensor& da, const Tensor& y, cons
     const T *dp = in<T>(da), *yp = in<T>(y);
     T* gp = clamped ? g.data_ptr<T>() : nullptr;
     split(y.numel() / C, [&](long t, long begin, long end) {
+      std::vector<float> s;
       for (long r0 = begin; r0 < end; r0 += chunk)
-        through_clamp(dp + r0 * C, C, Normed<T>{yp + r0 * C, C, nm}, (const T*)nullptr, gp ? gp + r0 * C : nullptr,
-                      std::min(chunk, end - r0), sums, t);
+        through_clamp([p = dp + r0 * C, C](long r, long c, auto k) { return load(p + r * C + c, k); },
+                      Normed<T>{yp + r0 * C, C, nm}, (const T*)nullptr, gp ? gp + r0 * C : nullptr,
+                      std::min(chunk, end - r0), s, sums, t);
     });
   });
   return {g, sums.slope(nm, y.numel() / C)};
@@ -569,10 +588,11 @@ std::tuple<Tensor, Tensor> norm_backward(const Tensor& da, const Tensor& y, cons
 }  // namespace
 
 TORCH_LIBRARY(kd_fast_cpu, m) {
-  m.def("conv_forward(Tensor x, Tensor? norm, float lo, float hi, Tensor w, int stride, bool image, Tensor gamma, Tensor beta, "
-        "Tensor(a!) rmean, Tensor(b!) rvar, float momentum, float eps, bool half) -> (Tensor, Tensor)", &conv_forward);
-  m.def("conv_backward(Tensor g, Tensor slope, Tensor y, Tensor x, Tensor? norm, float lo, float hi, Tensor w, int stride, "
-        "bool image, Tensor? skip) -> (Tensor, Tensor, Tensor)", &conv_backward);
+  m.def("conv_forward(Tensor x, Tensor? norm, float lo, float hi, Tensor w, int stride, bool image, Tensor gamma, "
+        "Tensor beta, Tensor(a!) rmean, Tensor(b!) rvar, float momentum, float eps, bool half) -> (Tensor, Tensor)",
+        &conv_forward);
+  m.def("conv_backward(Tensor g, Tensor slope, Tensor y, Tensor x, Tensor? norm, float lo, float hi, Tensor w, "
+        "int stride, bool image, Tensor? skip) -> (Tensor, Tensor, Tensor)", &conv_backward);
   m.def("norm_forward(Tensor y, Tensor norm, float lo, float hi, Tensor? skip) -> Tensor", &norm_forward);
   m.def("norm_backward(Tensor da, Tensor y, Tensor norm, float lo, float hi) -> (Tensor, Tensor)", &norm_backward);
 }

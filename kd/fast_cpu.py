@@ -8,8 +8,11 @@ and norms inside a fused block do not fire in training.
 """
 import ctypes
 import functools
+import hashlib
 import logging
+import os
 import platform
+import tempfile
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -30,19 +33,33 @@ def tune_allocator() -> bool:
         return False
     libc = ctypes.CDLL(None)
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-    return bool(libc.mallopt(M_MMAP_MAX, 0)) and bool(libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+    return bool(libc.mallopt(M_MMAP_MAX, 0)) and bool(libc.mallopt(M_TRIM_THRESHOLD, -1))
 
 
 @functools.cache
 def _ops():
-    """The compiled kernels; raises RuntimeError, OSError or ImportError where they cannot be had."""
+    """The kernels, compiled at first use (15 s) into torch's extension cache. Raises RuntimeError or OSError."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         raise RuntimeError("the CPU has no AVX-512")
     # importing cpp_extension where there is no GPU logs a warning about CUDA_HOME, which is no concern here
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    from torch.utils.cpp_extension import load
-    load("kd_fast_cpu", [str(Path(__file__).with_suffix(".cpp"))], is_python_module=False, extra_ldflags=["-lgomp"],
-         extra_cflags=["-O3", "-march=native", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno"])
+    from torch.utils import cpp_extension           # slow to import
+    # Named instruction sets, not -march=native: a cache on a shared disk must not hand one machine's code to another.
+    # -fopenmp when compiling only: at link time the library then takes torch's own OpenMP, not a second pool.
+    sets = ["avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "f16c"]
+    sets += ["avx512bf16"] * torch.cpu.get_capabilities()["avx512_bf16"]
+    flags = ["-O3", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", *("-m" + name for name in sets)]
+    source = Path(__file__).with_suffix(".cpp")
+    key = hashlib.sha256(repr((torch.__version__, flags)).encode() + source.read_bytes()).hexdigest()[:16]
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
+    library = Path(root) / "kd_fast_cpu" / f"{key}.so"
+    if not library.exists():                        # built aside, then renamed: a killed build leaves no lock behind
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as build:
+            cpp_extension.load("kd_fast_cpu", [str(source)], extra_cflags=flags, build_directory=build,
+                               is_python_module=False)
+            os.replace(next(Path(build).glob("*.so")), library)
+    torch.ops.load_library(library)
     return torch.ops.kd_fast_cpu
 
 
@@ -56,11 +73,12 @@ class _Chain(torch.autograd.Function):
     """x → conv → bn → act → … → conv → bn → act (+ x). Keeps each convolution's output, nothing else."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, layers: list[Layer], residual: bool, half: bool, *params: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, layers: list[Layer], image: bool, residual: bool, half: bool,
+                *params: Tensor) -> Tensor:
         ctx.calls, saved = [], [x]
         y, norm, lo, hi = x, None, -INF, INF
         for conv, bn in layers:
-            call = (norm, lo, hi, conv.weight, conv.stride[0], conv.in_channels == 3 and conv.groups == 1)
+            call = (norm, lo, hi, conv.weight, conv.stride[0], image and norm is None)
             y, norm = _ops().conv_forward(y, *call, bn.weight, bn.bias, bn.running_mean, bn.running_var,
                                           bn.momentum, bn.eps, half)
             assert bn.num_batches_tracked is not None
@@ -85,31 +103,30 @@ class _Chain(torch.autograd.Function):
             gamma_beta = slope[3], slope[4]
             g, weight, slope = _ops().conv_backward(g, slope, saved[i + 1], saved[i], *ctx.calls[i], skip)
             grads = [weight, *gamma_beta, *grads]
-        return g, None, None, None, *grads
+        return g, None, None, None, None, *grads
 
 
 def _runs(x: Tensor) -> torch.dtype | None:
     """The storage type in which the fused path takes x, or None where timm's own must run."""
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
         return None
     if torch.is_autocast_enabled("cpu"):
         return torch.bfloat16 if torch.get_autocast_dtype("cpu") == torch.bfloat16 else None
     return torch.float32 if x.dtype == torch.float32 else None
 
 
-def _chain(x: Tensor, dtype: torch.dtype, layers: list[Layer], residual: bool = False) -> Tensor:
-    image = layers[0].conv.in_channels == 3
+def _chain(x: Tensor, dtype: torch.dtype, layers: list[Layer], image: bool = False, residual: bool = False) -> Tensor:
     x = x.float() if image else x.to(dtype).contiguous(memory_format=torch.channels_last)
     params = [p for conv, bn in layers for p in (conv.weight, bn.weight, bn.bias)]
-    return _Chain.apply(x, layers, residual, dtype == torch.bfloat16, *params)
+    return _Chain.apply(x, layers, image, residual, dtype == torch.bfloat16, *params)
 
 
-def _fits(conv: nn.Module, bn: nn.Module) -> bool:
-    """Whether the kernels know this pair: 1x1 dense, 3x3 depthwise, or the first convolution over an RGB image."""
+def _fits(conv: nn.Module, bn: nn.Module, image: bool = False) -> bool:
+    """Whether the kernels know this pair: 1x1 dense, 3x3 depthwise, or the first convolution, over the image."""
     if type(conv) is not nn.Conv2d or type(bn) is not BatchNormAct2d or conv.bias is not None:
         return False
     k, s = conv.kernel_size[0], conv.stride[0]
-    dense = conv.groups == 1 and (k == 1 and s == 1 or conv.in_channels == 3)
+    dense = conv.groups == 1 and (k == s == 1 or image)
     depthwise = conv.groups == conv.in_channels == conv.out_channels and k == 3 and s in (1, 2)
     return ((dense or depthwise) and conv.kernel_size == (k, k) and conv.stride == (s, s) and conv.dilation == (1, 1)
             and conv.padding == (k // 2, k // 2) and k % 2 == 1 and conv.padding_mode == "zeros" and bn.affine
@@ -130,7 +147,7 @@ def _block_forward(self, x: Tensor) -> Tensor:
     if not self.training or dtype is None:
         return super(type(self), self).forward(x)
     fused = self.has_skip and type(self.drop_path) is nn.Identity and isinstance(self, InvertedResidual)
-    out = _chain(x, dtype, _layers(self), fused)
+    out = _chain(x, dtype, _layers(self), residual=fused)
     return self.drop_path(out) + x if self.has_skip and not fused else out
 
 
@@ -147,7 +164,7 @@ class FastEfficientNet(EfficientNet):
         dtype = _runs(x)
         if not self.training or dtype is None or x.requires_grad or self.grad_checkpointing:
             return super().forward_features(x)
-        x = _chain(x, dtype, [Layer(self.conv_stem, self.bn1)])
+        x = _chain(x, dtype, [Layer(self.conv_stem, self.bn1)], image=True)
         x = self.blocks(x)
         return _chain(x, dtype, [Layer(self.conv_head, self.bn2)])
 
@@ -159,7 +176,8 @@ def accelerate(model: nn.Module, say: Callable[[str], object] = print) -> nn.Mod
     """Makes the training step of `model` faster, in place, where the kernels know its pieces; returns it."""
     fast = [m for m in model.modules() if type(m) in FAST and m.conv_s2d is None
             and type(m.aa) is type(m.se) is nn.Identity and all(_fits(*layer) for layer in _layers(m))]
-    whole = (type(model) is EfficientNet and _fits(model.conv_stem, model.bn1) and _fits(model.conv_head, model.bn2))
+    whole = (type(model) is EfficientNet and _fits(model.conv_stem, model.bn1, image=True)
+             and _fits(model.conv_head, model.bn2))
     if not fast and not whole:
         return model
     try:
