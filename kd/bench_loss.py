@@ -9,13 +9,14 @@ fused     kd.losses.fused_kd_loss
 floor     torch.add of student and teacher: two reads and one write of each logit, which is all the traffic that loss
           and gradient need, and no arithmetic
 
-Times are medians over rounds; every round times each of them once, in rotating order. Ratios are medians of the ratios
+Times are medians over rounds; every round times each of them once, in shuffled order. Ratios are medians of the ratios
 within rounds, so that a machine that drifts cancels out, and `aa_ratio`, the fused loss against itself, says how far to
 trust them. Memory is the peak of what forward and backward allocate, gradient included, over the bytes of one logits
 tensor.
 """
 import argparse
 import json
+import random
 import sys
 import time
 from collections.abc import Callable
@@ -115,9 +116,9 @@ def measure(B: int, C: int, dtype: torch.dtype, device: torch.device, rounds: in
     repeats = {name: max(1, min(100, int(2 / max(1e-3, min(milliseconds(run, 3) for _ in range(3))))))
                for name, run in work.items()}
     times: dict[str, list[float]] = {name: [] for name in work}
-    names = list(work)
-    for turn in range(rounds):
-        for name in names[turn % len(names):] + names[:turn % len(names)]:
+    order = random.Random(0)
+    for _ in range(rounds):
+        for name in order.sample(list(work), len(work)):  # shuffled: what ran before leaves its mark on the caches
             times[name].append(milliseconds(work[name], repeats[name]))
 
     def ratio(over: str, under: str) -> float:
