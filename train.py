@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple
 
-from kd import BadInput, TrainingFault, cli
+from kd import BadInput, cli
 from kd.cli import flag
 
 
@@ -43,8 +43,7 @@ class Config:
     teacher_weights: str = flag("imagenet", "imagenet (timm's), none, a .safetensors file, or a saved folder")
     teacher_epochs: int = flag(8, "epochs of fine-tuning before it teaches; 0: as loaded", low=0)
     teacher_lr: float = flag(2e-4, "peak learning rate of the teacher's fine-tuning", above=0)
-    teacher_augment: str = flag("crop", "what a fresh view may change while the teacher is fine-tuned",
-                                ("none", "flip", "crop", "mixup"))
+    teacher_augment: str = flag("crop", "the same for its fine-tuning's views", ("none", "flip", "crop", "mixup"))
     allow_weak_teacher: bool = flag(False, "teach even where the teacher is near chance")
     student: str = flag("mobilenetv2_100", "timm model that learns, from random weights")
     temperature: float = flag(5.0, "T, softens both distributions", above=0)
@@ -53,6 +52,7 @@ class Config:
     control: bool = flag(False, "also train the same student without the teacher")
     augment: str = flag("none", "what a view may change", ("none", "flip", "crop", "mixup"))
     views: int = flag(1, "views a sample: epoch e uses view e mod K; 0: a fresh one every epoch", low=0)
+    topk: int = flag(0, "keep the teacher's K largest logits alone, for many classes; 0: all of them", low=0)
     cache_dir: str = flag(os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "kd"),
                           "where decoded images and the teacher's logits are kept")
     amp: str = flag("auto", "mixed precision", ("auto", "off", "bf16", "fp16"))
@@ -78,25 +78,26 @@ if __name__ == "__main__":  # --help and mistyped flags answer here, before the 
     try:
         CONFIG = cli.parse_config(Config, RECIPES, sys.argv[1:], __doc__)
     except BadInput as error:
-        cli.fail(error, 2)
+        cli.fail(error, error.status)
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kd import checkpoint, fast_cpu, health, hub, losses, models, report, runtime
-from kd.augment import SPECS, epoch_batches, load_views, mixed_labels, partners
+from kd import checkpoint, fast_cpu, frozen, health, hub, losses, models, report, runtime
+from kd.augment import SPECS, Spec, epoch_batches, load_views, mixed_labels, partners
 from kd.data import open_dataset
-from kd.evaluate import chance_level, collect_logits, scores
-from kd.images import Data, Split, center_crop, decode
+from kd.evaluate import chance_level, scores
+from kd.images import Data, Split, decode
 from kd.logits import LogitStore
+from kd.predict import predict
 from kd.prefetch import prefetch
 
 
 class Teacher(NamedTuple):
     """A frozen model, and what it needs to be asked."""
 
-    model: nn.Module
+    model: Callable[[Tensor], Tensor]
     prep: models.Preprocessing
     data: Data          # the same pictures as the student's, resized as this model's declared interpolation says
     store: LogitStore
@@ -141,11 +142,11 @@ def load_batches(cfg: Config, data: Data, batches: list[np.ndarray], view: int, 
     """What the steps of an epoch need, made ahead of them on CUDA (see kd/prefetch.py)."""
     split, spec = data.train, SPECS[cfg.augment]
     for samples in batches:
-        views = load_views(split.frames.read, len(split.labels), samples, seed=cfg.seed, view=view, size=cfg.size,
+        views = load_views(split.frames.read, len(split), samples, seed=cfg.seed, view=view, size=cfg.size,
                            spec=spec, device=device)
         labels = split.labels[samples]
         if spec.mixup:
-            others, share = partners(cfg.seed, samples, view, len(split.labels), spec.mixup)
+            others, share = partners(cfg.seed, samples, view, len(split), spec.mixup)
             labels = mixed_labels(labels, split.labels[others], share, len(data.classes))
         known = teacher.store.get(view, samples) if teacher else None
         yield Batch(samples, views, torch.from_numpy(labels).to(device, non_blocking=True),
@@ -156,27 +157,10 @@ def ask_teacher(cfg: Config, teacher: Teacher, batch: Batch, view: int, data: Da
     """The teacher's logits of a batch, live: the same views, with the teacher's own mean, std and interpolation."""
     views = batch.views
     if teacher.data is not data:
-        views = load_views(teacher.data.train.frames.read, len(data.train.labels), batch.samples, seed=cfg.seed,
+        views = load_views(teacher.data.train.frames.read, len(data.train), batch.samples, seed=cfg.seed,
                            view=view, size=cfg.size, spec=SPECS[cfg.augment], device=run.device)
     with torch.no_grad(), run.autocast():
         return teacher.model(models.normalize(views, teacher.prep)).float()
-
-
-def predict(model: nn.Module, split: Split, prep: models.Preprocessing, cfg: Config, run: runtime.Runtime,
-            label: str, stop: Callable[[], None]) -> np.ndarray:
-    """Logits `(N, C)` of a split under timm's eval transform (resize, centre crop, normalise)."""
-    batch_size = max(32, cfg.batch_size)
-
-    def inputs(samples: np.ndarray) -> Tensor:
-        pixels = torch.from_numpy(center_crop(split.frames.read(samples), cfg.size)).to(run.device)
-        return models.normalize(pixels.permute(0, 3, 1, 2), prep)
-
-    model.eval()
-    with report.progress(len(split.labels), label) as bar, run.autocast():
-        def step() -> None:
-            stop()
-            bar.update(batch_size)
-        return collect_logits(model, inputs, len(split.labels), batch_size, step)
 
 
 def fit(role: str, model: nn.Module, prep: models.Preprocessing, data: Data, cfg: Config, run: runtime.Runtime,
@@ -192,7 +176,7 @@ def fit(role: str, model: nn.Module, prep: models.Preprocessing, data: Data, cfg
     loss_fn, _ = losses.choose_loss(cfg.loss, run.device, len(data.classes), SPECS[cfg.augment].mixup > 0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=cfg.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp is torch.float16)
-    samples, validation = len(data.train.labels), data.validation
+    samples, validation = len(data.train), data.validation
     steps_an_epoch = len(epoch_batches(cfg.seed, 0, samples, cfg.batch_size))
 
     # everything that a resumed run needs: the rest follows from (seed, epoch, step)
@@ -251,7 +235,7 @@ def fit(role: str, model: nn.Module, prep: models.Preprocessing, data: Data, cfg
         health.check(steps_health, role, run.amp)
         train_loss = loss_sum.item() / samples
         seconds = at["train_seconds"] + time.monotonic() - clock
-        logits = predict(model, validation, prep, cfg, run, f"{role} validation",
+        logits = predict(model, validation.frames.read, len(validation), prep, cfg.size, run, f"{role} validation",
                          lambda: save() if stop.signal else None)
         result = scores(logits, validation.labels)
         entry = {"role": role, "epoch": epoch + 1, "train_loss": train_loss,
@@ -322,8 +306,8 @@ def main(cfg: Config) -> dict[str, Any]:
     teacher_prep = models.preprocessing(teacher_model)._replace(crop_pct=prep.crop_pct)
     same = teacher_prep.interpolation == prep.interpolation
     teacher_data = data if same else decoded(teacher_prep.interpolation)
-    print(f"{run.line} | {dataset.name}: {len(data.train.labels)} + {len(data.validation.labels)} + "
-          f"{len(data.test.labels)} pictures, {len(data.classes)} classes, {cfg.size} px | teacher {cfg.teacher} "
+    print(f"{run.line} | {dataset.name}: {len(data.train)} + {len(data.validation)} + "
+          f"{len(data.test)} pictures, {len(data.classes)} classes, {cfg.size} px | teacher {cfg.teacher} "
           f"({models.parameters(teacher_model):,}) | student {cfg.student} ({models.parameters(student):,}) | "
           f"loss {losses.choose_loss(cfg.loss, run.device, len(data.classes), SPECS[cfg.augment].mixup > 0)[1]}")
 
@@ -344,8 +328,23 @@ def main(cfg: Config) -> dict[str, Any]:
                     model_card(cfg, "teacher", {}))
     models.freeze(teacher_model)
 
+    # 4 its logits: asked for once, then kept for good under all that decides them
+    weights = models.digest(teacher_model)
+    rounds = min(cfg.views or cfg.epochs, cfg.epochs)
+    compiled = cfg.compile != "off" and frozen.work(teacher_model, rounds * len(data.train), cfg.size) > frozen.PAYS
+
+    def store(split: Split, augment: Spec | None, keep: int) -> LogitStore:
+        decides = dict(teacher=weights, name=cfg.teacher, prep=teacher_prep, size=cfg.size, augment=augment,
+                       seed=augment and cfg.seed, frames=split.frames.digest, amp=str(run.amp), device=run.device.type,
+                       compiled=augment and compiled, torch=torch.__version__)
+        return LogitStore(cache / "logits", decides, len(split), len(data.classes), keep, cfg.temperature)
+
     def asked(split: Split, label: str) -> np.ndarray:
-        return predict(teacher_model, split, teacher_prep, cfg, run, label, stop.heed)
+        answers, everything = store(split, None, 0), np.arange(len(split))
+        logits = answers.logits(0, everything, answers.get(0, everything), lambda: torch.from_numpy(
+            predict(teacher_model, split.frames.read, len(split), teacher_prep, cfg.size, run, label, stop.heed)))
+        answers.flush()
+        return logits.numpy()
 
     on_validation = scores(asked(teacher_data.validation, "teacher validation"), data.validation.labels)
     teacher_test_logits = asked(teacher_data.test, "teacher test")
@@ -356,39 +355,37 @@ def main(cfg: Config) -> dict[str, Any]:
         raise BadInput(f"--teacher {cfg.teacher}: {100 * on_validation['accuracy']:.1f} % on validation is near "
                        f"chance: its soft targets would be noise; fine-tune it with --teacher-epochs, give trained "
                        f"--teacher-weights, or insist with --allow-weak-teacher")
-
-    # 4 the teacher's logits, kept for good under all that decides them
-    store = LogitStore(cache / "logits", dict(
-        teacher=models.digest(teacher_model), name=cfg.teacher, prep=teacher_prep, size=cfg.size, seed=cfg.seed,
-        augment=SPECS[cfg.augment], frames=teacher_data.train.frames.digest, amp=str(run.amp),
-        device=run.device.type, torch=torch.__version__), len(data.train.labels), len(data.classes))
-    teacher = Teacher(teacher_model, teacher_prep, teacher_data, store)
+    known = store(teacher_data.train, SPECS[cfg.augment], cfg.topk)
+    fast_teacher = frozen.fast(teacher_model, cfg.batch_size, compiled)
+    teacher = Teacher(fast_teacher, teacher_prep, teacher_data, known)
 
     # 5 the control (the same student, the same recipe, no teacher), then the student
     contestants: dict[str, tuple[nn.Module, float, Teacher | None]] = {
         "student": (student, cfg.kd_weight, teacher if cfg.kd_weight else None)}
     if cfg.control:
         torch.manual_seed(cfg.seed)  # the very weights that the student starts from
-        control = placed(models.create("student", cfg.student, data.classes))
-        contestants = {"control": (control, 0.0, None), **contestants}
+        contestants = {"control": (placed(models.create("student", cfg.student, data.classes)), 0.0, None),
+                       **contestants}
     rows = {"teacher": report.test_row(cfg.teacher, models.parameters(teacher_model), on_test,
                                        on_validation["accuracy"])}
     for role, (model, kd_weight, by) in contestants.items():
         trained(role, model, cfg, prep, data, cfg.epochs, cfg.lr, kd_weight, by)
 
         # 6 the best-by-validation weights, once, on test
-        logits = predict(model, data.test, prep, cfg, run, f"{role} test", stop.heed)
+        logits = predict(model, data.test.frames.read, len(data.test), prep, cfg.size, run, f"{role} test", stop.heed)
         best = max(entry["accuracy"] for entry in state["history"] if entry["role"] == role)
         on_test = scores(logits, data.test.labels, teacher_test_logits)
         rows[role] = report.test_row(cfg.student, models.parameters(model), on_test, best)
 
     # 7 report
+    if known.dropped:
+        print(f"--topk {cfg.topk}: the other classes have {known.dropped_share():.2e} of the teacher's probability")
     print(report.confusion_table(rows["student"]["confusion"], data.classes))
     print(report.table(rows))
     rates = [entry["images_per_second"] for entry in state["history"] if entry["role"] == "student"]
     result = {**rows, "images_per_second": float(np.median(rates)), "seconds": records.seconds(),
-              "teacher_batches": store.teacher_batches, "config": dataclasses.asdict(cfg),
-              "environment": runtime.environment(), "commit": commit}
+              "teacher_batches": known.teacher_batches, "topk_dropped": known.dropped_share(),
+              "config": dataclasses.asdict(cfg), "environment": runtime.environment(), "commit": commit}
     for role, row in rows.items():
         if (out / role).exists():
             checkpoint.write_atomic(out / role / "README.md", model_card(cfg, role, row).encode())
@@ -399,11 +396,4 @@ def main(cfg: Config) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        print(json.dumps(main(CONFIG)))
-    except BadInput as error:
-        cli.fail(error, 2)
-    except TrainingFault as error:
-        cli.fail(error, 1)
-    except runtime.Stopped as error:
-        cli.fail(error, error.status)
+    cli.run(main, CONFIG)

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import train
-from kd import BadInput, bench_loss, cli, fast_cpu, losses, models, report, runtime
+from kd import BadInput, bench_loss, cli, fast_cpu, frozen, losses, models, report, runtime
 from kd.images import Data, Split
 
 DEFAULTS = {"dataset": "beans", "size": 224, "batch_size": 8, "teacher": "resnet50", "teacher_weights": "none",
@@ -60,6 +60,7 @@ class Bench:
         self.samples = samples
         self.teacher_model = models.freeze(self.place(models.create("teacher", cfg.teacher, dataset.classes,
                                                                     cfg.teacher_weights, note)))
+        self.fast_teacher = frozen.fast(self.teacher_model, cfg.batch_size, cfg.compile != "off")
         self.teacher_prep = models.preprocessing(self.teacher_model)
         self.loss_fn, self.loss_name = losses.choose_loss(cfg.loss, self.run.device, len(data.classes),
                                                           train.SPECS[cfg.augment].mixup > 0)
@@ -72,7 +73,7 @@ class Bench:
         return train.LogitStore(self.folder / name, {"bench": name}, self.samples, len(self.data.classes))
 
     def teacher(self, store: train.LogitStore) -> train.Teacher:
-        return train.Teacher(self.teacher_model, self.teacher_prep, self.data, store)
+        return train.Teacher(self.fast_teacher, self.teacher_prep, self.data, store)
 
     def fit(self, student: nn.Module, store: train.LogitStore) -> float:
         """Images/s of one epoch of the real `fit` over the block, waiting for data and logging included."""

@@ -6,11 +6,12 @@ Nothing heavy is imported here, so that `--help` and a mistyped flag answer befo
 import argparse
 import dataclasses
 import difflib
+import json
 import math
 import sys
-from typing import Any, NoReturn
+from typing import Any, Callable, NoReturn
 
-from kd import BadInput
+from kd import BadInput, TrainingFault
 
 
 def flag(default: Any, help: str, choices: tuple[str, ...] = (), low: float = -math.inf, high: float = math.inf,
@@ -48,8 +49,10 @@ def default_text(name: str, default: Any, recipes: dict[str, dict[str, Any]]) ->
     return "; ".join([str(default), *others])
 
 
-class _OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:  # argparse would print the whole usage, and exit from here
+class OneLineParser(argparse.ArgumentParser):
+    """Raises BadInput where argparse would print its whole usage and leave."""
+
+    def error(self, message: str) -> NoReturn:
         raise BadInput(message)
 
 
@@ -60,7 +63,7 @@ def parse_config(config_class: type, recipes: dict[str, dict[str, Any]], argv: l
     """
     fields = {field.name: field for field in dataclasses.fields(config_class)}
     # allow_abbrev=False: `--teacher-weight` must be refused, not guessed
-    parser = _OneLineParser(prog="train.py", description=doc, allow_abbrev=False,
+    parser = OneLineParser(prog="train.py", description=doc, allow_abbrev=False,
                             formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, field in fields.items():
         option = "--" + name.replace("_", "-")
@@ -82,7 +85,26 @@ def parse_config(config_class: type, recipes: dict[str, dict[str, Any]], argv: l
     return config
 
 
-def fail(message: object, status: int) -> NoReturn:
+def fail(message: object, status: int, program: str = "train.py") -> NoReturn:
     """Print one line on stderr and leave with `status`: users never see a traceback for what they can mend."""
-    print(f"train.py: error: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"{program}: error: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(status)
+
+
+def run(main: Callable[[Any], Any], config: Any) -> None:
+    """Print what `main(config)` returns as one line of JSON; what a user can mend becomes one line and a status."""
+    try:
+        print(json.dumps(main(config)))
+    except Exception as error:
+        status = getattr(error, "status", None)  # that of BadInput, TrainingFault and Stopped
+        if status is None and not _out_of_memory(error):
+            raise
+        memory = (f"out of memory with --batch-size {config.batch_size} and --size {config.size}; make one of them "
+                  f"smaller, then --overwrite")
+        fail(error if status else memory, status or TrainingFault.status)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    # torch names its own on CUDA; its CPU allocator raises a plain RuntimeError
+    return (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+            or "can't allocate memory" in str(error))

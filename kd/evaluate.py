@@ -1,25 +1,12 @@
 """Scores of a classifier from its logits: accuracy, macro-F1, NLL, calibration, agreement with the teacher.
 
-Logits are collected once and scored on the host in float64; nothing is averaged over batches, so a ragged last batch
-weighs what it should.
+Logits are collected once (kd/predict.py) and scored on the host in float64; nothing is averaged over batches, so a
+ragged last batch weighs what it should.
 """
 
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
-
-
-@torch.no_grad()
-def collect_logits(model: Callable[[Tensor], Tensor], inputs: Callable[[np.ndarray], Tensor], samples: int,
-                   batch_size: int, step: Callable[[], None] = lambda: None) -> np.ndarray:
-    """Logits `(samples, C)` float32 of every sample in its order. `inputs` maps sample numbers to model input."""
-    batches = []
-    for start in range(0, samples, batch_size):
-        step()  # the caller's progress bar, and its chance to stop
-        batches.append(model(inputs(np.arange(start, min(start + batch_size, samples)))).float())
-    return torch.cat(batches).cpu().numpy()  # one host-device synchronisation for the whole split
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -26,14 +26,20 @@ INF = float("inf")
 RANGES = {nn.Identity: (-INF, INF), nn.ReLU: (0.0, INF), nn.ReLU6: (0.0, 6.0)}  # act = clamp(z, lo, hi)
 
 
-def tune_allocator() -> bool:
+def tune_allocator(keep: bool = True) -> bool:
     """Tells glibc to keep large blocks. Otherwise every activation is mapped, faulted in page by page, and unmapped
-    again, at every step: millions of page faults. Call it before the first large tensor. False where not glibc."""
+    again, at every step: millions of page faults. Call it before the first large tensor. False where not glibc.
+
+    keep=False takes it back, to where glibc's own adaptive thresholds end up after some steps (32 and 64 MB).
+    """
     if platform.libc_ver()[0] != "glibc":
         return False
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
+    settings = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1}
+    if not keep:
+        settings = {M_MMAP_MAX: 65536, M_TRIM_THRESHOLD: 64 << 20, M_MMAP_THRESHOLD: 32 << 20}
     libc = ctypes.CDLL(None)
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-    return bool(libc.mallopt(M_MMAP_MAX, 0)) and bool(libc.mallopt(M_TRIM_THRESHOLD, -1))
+    return all([libc.mallopt(name, value) for name, value in settings.items()])
 
 
 @functools.cache

@@ -4,13 +4,18 @@ A frozen teacher gives the same logits for the same view, yet a distillation loo
 most of the arithmetic of the step. Here each view of each sample is asked for once; the answer is kept in a file, so
 that the next run with the same teacher, data and views does not ask at all.
 
-One file a view holds `(samples, C)` float32 rows, and a second one a checksum for each row. A row counts only if its
+One file a view holds a float32 row for each sample, and a second one a checksum for each row. A row counts only if its
 checksum matches, so a row that is absent, torn by a crash, or damaged on the disk is simply not known, and is
 computed again. No locks and no order of writes are needed for that, and two runs may fill the same store.
+
+A row is the sample's C logits; or, where C is large, the k largest of them, their classes, and one value that stands
+for all the others: such that they have, evenly spread, the very probability at temperature T that they had.
 """
 
 import hashlib
 import json
+import math
+import os
 import zlib
 from pathlib import Path
 from typing import Any, Callable
@@ -19,17 +24,45 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kd import BadInput
+from kd import BadInput, TrainingFault
+
+
+def pack(logits: Tensor, keep: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """`(B, C)` to rows `(B, 2·keep + 1)` float32: values, classes (int32, as their bits), the value of the others.
+
+    Also returns, `(B,)`, the probability at T of the classes that lose their own value.
+    """
+    values, classes = logits.float().topk(keep, dim=1)
+    rest = logits.float().scatter(1, classes, -math.inf)
+    others = torch.logsumexp(rest / temperature, dim=1)
+    dropped = torch.exp(others - torch.logsumexp(logits.float() / temperature, dim=1))
+    fill = temperature * (others - math.log(logits.shape[1] - keep))
+    return torch.cat([values, classes.int().view(torch.float32), fill[:, None]], dim=1), dropped
+
+
+def unpack(rows: Tensor, classes: int) -> Tensor:
+    """What `pack` made, as `(B, classes)` float32 logits."""
+    keep = rows.shape[1] // 2
+    full = rows[:, -1:].repeat(1, classes)
+    return full.scatter_(1, rows[:, keep:2 * keep].contiguous().view(torch.int32).long(), rows[:, :keep])
 
 
 class LogitStore:
-    """Rows of teacher logits by (view, sample) under `folder`, for one `key`: all that decides what they are."""
+    """Teacher logits by (view, sample) under `folder`, for one `key`: all that decides what they are.
 
-    def __init__(self, folder: Path, key: dict[str, Any], samples: int, classes: int) -> None:
+    keep: how many of the C logits have their own value, the k above; 0, or C and more: all of them.
+    """
+
+    def __init__(self, folder: Path, key: dict[str, Any], samples: int, classes: int, keep: int = 0,
+                 temperature: float = 1.0) -> None:
+        self.classes, self.keep, self.temperature = classes, keep if keep < classes else 0, temperature
+        if self.keep:
+            key = {**key, "keep": keep, "temperature": temperature}
         text = json.dumps(key, sort_keys=True)
         self.folder = folder / hashlib.sha256(text.encode()).hexdigest()[:32]
-        self.shape = (samples, classes)
+        self.shape = (samples, 2 * self.keep + 1 if self.keep else classes)
         self.teacher_batches = 0  # how often the teacher was really called
+        self.dropped: list[Tensor] = []  # the probability that `keep` spread, of every sample asked for, on the device
         self._views: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._pending: list[tuple[int, np.ndarray, Tensor]] = []
         try:
@@ -38,19 +71,21 @@ class LogitStore:
         except OSError as error:
             raise BadInput(f"--cache-dir: cannot write the logit store {self.folder}: {error.strerror}") from error
 
+    def _paths(self, view: int) -> tuple[Path, Path]:
+        return self.folder / f"view-{view}.f32", self.folder / f"view-{view}.sum"
+
     def _open(self, view: int) -> tuple[np.ndarray, np.ndarray]:
         if view not in self._views:
-            rows = self._map(self.folder / f"view-{view}.f32", self.shape, np.float32)
-            sums = self._map(self.folder / f"view-{view}.sum", self.shape[:1], np.uint64)
-            self._views[view] = rows, sums
+            rows, sums = self._paths(view)
+            self._views[view] = (self._map(rows, self.shape, np.float32), self._map(sums, self.shape[:1], np.uint64))
         return self._views[view]
 
     @staticmethod
     def _map(path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         with open(path, "ab") as file:
-            file.truncate(size)  # makes a new file, mends one of another length; new bytes are zeros: not known
-        return np.memmap(path, dtype=dtype, mode="r+", shape=shape)
+            # makes a new file, mends one of another length; new bytes are zeros: not known
+            file.truncate(int(np.prod(shape)) * np.dtype(dtype).itemsize)
+        return np.memmap(path, dtype=dtype, mode="r", shape=shape)
 
     @staticmethod
     def _checksum(view: int, sample: int, row: np.ndarray) -> int:
@@ -63,20 +98,37 @@ class LogitStore:
         for sample in samples:
             if int(sums[sample]) != self._checksum(view, sample, rows[sample]):
                 return None
-        return torch.from_numpy(rows[samples])
+        found = torch.from_numpy(rows[samples])
+        return unpack(found, self.classes) if self.keep else found
 
-    def put(self, view: int, samples: np.ndarray, logits: Tensor) -> None:
-        """Remember what the teacher gave; nothing is copied to the host (no synchronisation) until `flush`."""
-        self._pending.append((view, samples, logits))
+    def put(self, view: int, samples: np.ndarray, logits: Tensor) -> Tensor:
+        """Remember what the teacher gave, and return it as `get` will; nothing is copied to the host until `flush`."""
+        rows = logits.float()
+        if self.keep:
+            rows, dropped = pack(rows, self.keep, self.temperature)
+            self.dropped.append(dropped)
+        self._pending.append((view, samples, rows))
+        return unpack(rows, self.classes) if self.keep else rows
 
     def flush(self) -> None:
-        """Write what `put` remembered. Called where the loop synchronises anyway."""
-        for view, samples, logits in self._pending:
-            rows, sums = self._open(view)
-            for sample, row in zip(samples, logits.float().cpu().numpy(), strict=True):
-                rows[sample] = row
-                sums[sample] = self._checksum(view, sample, row)
+        """Write what `put` remembered; called where the loop synchronises anyway. Raises TrainingFault: full disk."""
+        try:
+            for view, samples, logits in self._pending:
+                self._open(view)
+                content, sums = self._paths(view)
+                # written, not stored through the mapping, where a full disk would be a SIGBUS
+                with open(content, "r+b", buffering=0) as rows, open(sums, "r+b", buffering=0) as checks:
+                    for sample, row in zip(samples.tolist(), logits.cpu().numpy(), strict=True):
+                        os.pwrite(rows.fileno(), row.tobytes(), sample * row.nbytes)
+                        os.pwrite(checks.fileno(), self._checksum(view, sample, row).to_bytes(8, "little"), sample * 8)
+        except OSError as error:
+            raise TrainingFault(f"--cache-dir: cannot write the logit store {self.folder}: {error.strerror}; free "
+                                f"some space, then --resume") from error
         self._pending.clear()
+
+    def dropped_share(self) -> float | None:
+        """The mean probability at T of the classes without a value of their own, over what was asked just now."""
+        return torch.cat(self.dropped).mean().item() if self.dropped else None
 
     def logits(self, view: int, samples: np.ndarray, known: Tensor | None,
                teacher: Callable[[], Tensor]) -> Tensor:
@@ -84,6 +136,4 @@ class LogitStore:
         if known is not None:
             return known
         self.teacher_batches += 1
-        answer = teacher()
-        self.put(view, samples, answer)
-        return answer
+        return self.put(view, samples, teacher())

@@ -197,6 +197,25 @@ def load_saved(folder: Path, model: nn.Module) -> nn.Module:
     return model
 
 
+def open_saved(folder: str) -> tuple[nn.Module, Preprocessing, int, tuple[str, ...]]:
+    """The model of a folder made by `save` (eval mode), its preprocessing, input size and classes. Raises BadInput."""
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text())
+        declared = config["pretrained_cfg"]
+        prep = Preprocessing(tuple(declared["mean"]), tuple(declared["std"]), declared["interpolation"],
+                             declared["crop_pct"])
+        name, classes, size = config["architecture"], tuple(config["label_names"]), declared["input_size"][-1]
+    except OSError as error:
+        raise BadInput(f"{folder}: no saved model (config.json: {error.strerror}); give a folder that train.py saved, "
+                       f"such as runs/demo/student") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{folder}/config.json: not written by train.py ({error!r}); give a folder that it saved"
+                       ) from error
+    if not (Path(folder) / "model.safetensors").is_file():
+        raise BadInput(f"{folder}: model.safetensors is missing; give a folder that train.py saved")
+    return create("model", name, classes, folder, say=lambda line: None).eval(), prep, size, classes
+
+
 def card(name: str, dataset: str, facts: dict[str, Any], what: str) -> str:
     """A model card: YAML for the Hub, what the model is, how to load it, and a table of `facts`."""
     meta = {"library_name": "timm", "license": "apache-2.0", "datasets": [dataset], "metrics": ["accuracy", "f1"],

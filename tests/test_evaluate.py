@@ -4,7 +4,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from kd.evaluate import calibration_error, chance_level, collect_logits, confusion_matrix, macro_f1, scores
+from kd.evaluate import calibration_error, chance_level, confusion_matrix, macro_f1, scores
 
 
 def test_scores_of_a_small_case():
@@ -36,18 +36,6 @@ def test_calibration_error_by_hand():
     confidence, correct = np.array([0.95, 0.95, 0.55, 0.55]), np.array([True, False, True, True])
     assert np.isclose(calibration_error(confidence, correct), 0.5 * abs(0.5 - 0.95) + 0.5 * abs(1 - 0.55))
     assert calibration_error(np.array([1.0, 1.0]), np.array([True, True])) == 0
-
-
-def test_logits_come_in_the_order_of_the_samples_with_a_ragged_last_batch():
-    seen = []
-
-    def inputs(samples: np.ndarray) -> torch.Tensor:
-        seen.append(samples.tolist())
-        return torch.from_numpy(samples).float()[:, None]
-
-    logits = collect_logits(lambda x: torch.cat([x, -x], 1), inputs, 7, 3)
-    assert seen == [[0, 1, 2], [3, 4, 5], [6]]
-    assert logits.tolist() == [[i, -i] for i in range(7)]
 
 
 def test_chance_is_the_largest_class_and_two_standard_errors():

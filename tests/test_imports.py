@@ -12,6 +12,7 @@ STANDS_ON = {
     "models": {"hub"},
     "report": {"checkpoint"},
     "bench_loss": {"losses"},
+    "predict": {"models", "images", "pictures", "report", "runtime", "cli"},
 }
 
 

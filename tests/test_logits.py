@@ -1,13 +1,15 @@
 """The logit store: a row is what the teacher gave, to the bit, or it is not known."""
 
+import errno
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from kd import BadInput
-from kd.logits import LogitStore
+from kd import BadInput, TrainingFault
+from kd.logits import LogitStore, pack, unpack
 
 ROWS = torch.randn(20, 5, generator=torch.Generator().manual_seed(0))
 
@@ -104,3 +106,49 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "logits").write_text("a file")
     with pytest.raises(BadInput, match="--cache-dir"):
         store(tmp_path / "logits")
+
+
+@pytest.mark.parametrize("temperature", [1.0, 5.0])
+def test_the_largest_logits_keep_their_probability_and_the_others_share_theirs(temperature):
+    logits = torch.randn(6, 40, generator=torch.Generator().manual_seed(4), dtype=torch.float64) * 4
+    rows, dropped = pack(logits, 7, temperature)
+    assert rows.shape == (6, 15) and rows.dtype == torch.float32
+    full, kept = unpack(rows, 40), logits.topk(7).indices
+    exact, ours = (z.double().div(temperature).softmax(1) for z in (logits, full))
+    assert torch.allclose(ours.gather(1, kept), exact.gather(1, kept), rtol=1e-5)
+    assert torch.allclose(dropped.double(), 1 - exact.gather(1, kept).sum(1), rtol=1e-4)
+    assert torch.allclose(full.gather(1, kept), logits.gather(1, kept).float())
+    others = ours.scatter(1, kept, 0)
+    assert torch.allclose(others.sum(1), dropped.double(), rtol=1e-4)
+    assert torch.allclose(others.max(1).values, dropped.double() / 33, rtol=1e-4)
+
+
+def test_a_store_of_the_largest_gives_the_same_live_and_later(tmp_path):
+    first = LogitStore(tmp_path, {}, 20, 5, keep=2, temperature=5.0)
+    live = first.logits(0, np.arange(20), None, lambda: ROWS)
+    first.flush()
+    again = LogitStore(tmp_path, {}, 20, 5, keep=2, temperature=5.0)
+    found = again.get(0, np.arange(20))
+    assert found is not None and torch.equal(found, live) and not torch.equal(live, ROWS)
+    assert LogitStore(tmp_path, {}, 20, 5, keep=2, temperature=1.0).get(0, np.arange(20)) is None
+    assert LogitStore(tmp_path, {}, 20, 5, keep=3, temperature=5.0).get(0, np.arange(20)) is None
+    assert (first.folder / "view-0.f32").stat().st_size == 20 * 5 * 4
+
+
+def test_a_full_disk_is_one_line_and_what_was_written_stays_right(tmp_path, monkeypatch):
+    real, calls = os.pwrite, []
+
+    def full(descriptor, data, offset):
+        calls.append(offset)
+        if len(calls) > 15:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(descriptor, data, offset)
+
+    filling = store(tmp_path)
+    filling.put(0, np.arange(20), ROWS)
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(TrainingFault, match="--cache-dir: cannot write the logit store .* No space left"):
+        filling.flush()
+    again = store(tmp_path)
+    found = again.get(0, np.arange(7))
+    assert found is not None and torch.equal(found, ROWS[:7]) and again.get(0, np.array([7])) is None

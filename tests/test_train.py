@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from kd import BadInput, TrainingFault, checkpoint, losses, models, runtime
+from kd.images import center_crop
 from kd.pictures import open_picture, to_frame
 
 ROOT = Path(__file__).parent.parent
@@ -268,7 +269,7 @@ def test_the_default_pair_takes_real_steps_on_real_photographs(beans, tmp_path):
     encoded = [photographs.read(i) for i in two]
     frames = [to_frame(open_picture(one, "photograph"), 224, 256, prep.interpolation)
               for one in encoded if isinstance(one, bytes)]
-    x = models.normalize(torch.from_numpy(train.center_crop(np.stack(frames), 224)).permute(0, 3, 1, 2), prep)
+    x = models.normalize(torch.from_numpy(center_crop(np.stack(frames), 224)).permute(0, 3, 1, 2), prep)
     with torch.no_grad():
         soft = teacher(x)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, fused=True)
