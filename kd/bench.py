@@ -4,8 +4,9 @@
     python -m kd.bench compare [--json] [train.py's flags]    interleaved with the tutorial's loop, in one process
     python -m kd.bench loss [--json] [--help]                 the loss alone (see kd/bench_loss.py)
 
-Machines drift by a factor of two within minutes, so only what is measured in turns, in one process, is compared; an
-A/A pair (the same thing timed twice in every round) says how far such a ratio can be trusted.
+--rounds N (12) and --steps N (8, a round) say how long. Machines drift by a factor of two within minutes, so only what
+is measured in turns, in one process, is compared; an A/A pair (the same thing timed twice in every round) says how far
+such a ratio can be trusted.
 """
 
 import contextlib
@@ -161,9 +162,12 @@ def compare(cfg: train.Config, rounds: int, steps: int) -> dict[str, Any]:
         soft = torch.randn(len(x), len(bench.data.classes), device=device)
 
         def tutorial() -> float:
+            fast_cpu.tune_allocator(False)  # the allocator is the process's; the tutorial has it as it comes
             begin = bench.wait()
             tutorial_loop(theirs, their_teacher, plain, images, labels, cfg.temperature, cfg.kd_weight)
-            return bench.samples / (bench.wait() - begin)
+            rate = bench.samples / (bench.wait() - begin)
+            fast_cpu.tune_allocator(bench.run.device.type == "cpu")
+            return rate
 
         parts: dict[str, Callable[[], float]] = {
             "tutorial": tutorial,
@@ -234,7 +238,7 @@ def machine_limits(device: torch.device) -> dict[str, float]:
             "memory_gb_s": 2 * source.numel() * 4 / best(lambda: target.copy_(source)) / 1e9}
 
 
-def parts(cfg: train.Config, steps: int) -> dict[str, Any]:
+def parts(cfg: train.Config, rounds: int, steps: int) -> dict[str, Any]:
     """The loop by its parts, each closed by a synchronisation, and their sum against the wall of the same steps."""
     with tempfile.TemporaryDirectory() as name:
         begin = time.perf_counter()
@@ -245,7 +249,7 @@ def parts(cfg: train.Config, steps: int) -> dict[str, Any]:
         store = bench.store("parts")
         whole = [bench.fit(student, store)]  # compiles, and fills the store
         startup = time.perf_counter() - begin
-        whole += [bench.fit(student, store) for _ in range(9)]
+        whole += [bench.fit(student, store) for _ in range(rounds)]
         optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, fused=True)
         scaler = torch.amp.GradScaler(bench.run.device.type, enabled=bench.run.amp is torch.float16)
         spent: dict[str, list[float]] = {}
@@ -316,20 +320,19 @@ def main(argv: list[str]) -> int:
     if argv[:1] == ["loss"]:
         return bench_loss.main(argv[1:])
     kind, argv = (parts, argv) if argv[:1] != ["compare"] else (compare, argv[1:])
-    own = {"--rounds": 12, "--steps": 8}
-    for option in own:
-        if option in argv:
-            place = argv.index(option)
-            own[option] = int(argv[place + 1])
-            argv = argv[:place] + argv[place + 2:]
-    as_json, argv = "--json" in argv, [word for word in argv if word != "--json"]
+    parser = cli.OneLineParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=8)
     try:
-        cfg = cli.parse_config(train.Config, {**train.RECIPES, "demo": DEFAULTS}, argv, __doc__ or "")
-        arguments = (cfg, own["--rounds"], own["--steps"]) if kind is compare else (cfg, own["--steps"])
-        result = kind(*arguments)  # type: ignore[operator]
+        own, flags = parser.parse_known_args(argv)
+        if min(own.rounds, own.steps) < 2:
+            raise BadInput("--rounds and --steps must be at least 2")
+        cfg = cli.parse_config(train.Config, {**train.RECIPES, "demo": DEFAULTS}, flags, __doc__ or "")
+        result = kind(cfg, own.rounds, own.steps)
     except BadInput as error:
-        cli.fail(error, 2)
-    if as_json:
+        cli.fail(error, error.status, "kd.bench")
+    if own.json:
         print(json.dumps(result))
     else:
         show(result)

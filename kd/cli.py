@@ -64,7 +64,7 @@ def parse_config(config_class: type, recipes: dict[str, dict[str, Any]], argv: l
     fields = {field.name: field for field in dataclasses.fields(config_class)}
     # allow_abbrev=False: `--teacher-weight` must be refused, not guessed
     parser = OneLineParser(prog="train.py", description=doc, allow_abbrev=False,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, field in fields.items():
         option = "--" + name.replace("_", "-")
         text = field.metadata["help"].replace("%", "%%")

@@ -22,10 +22,9 @@ def draw(kind: str, generator: np.random.Generator, side: int = 40) -> Image.Ima
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
-@pytest.fixture(scope="session")
-def photos(tmp_path_factory) -> Path:
+def make_photos(root: Path) -> Path:
     """An image folder: 42 + 12 + 12 pictures of 40 × 40 in three classes."""
-    root, generator = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    generator = np.random.default_rng(0)
     for split, count in (("train", 14), ("validation", 4), ("test", 4)):
         for kind in CLASSES:
             folder = root / split / kind
@@ -33,6 +32,11 @@ def photos(tmp_path_factory) -> Path:
             for i in range(count):
                 draw(kind, generator).save(folder / f"{i}.png")
     return root
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    return make_photos(tmp_path_factory.mktemp("photos"))
 
 
 @pytest.fixture
