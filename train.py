@@ -238,7 +238,7 @@ def fit(role: str, model: nn.Module, prep: models.Preprocessing, data: Data, cfg
         logits = predict(model, validation.frames.read, len(validation), prep, cfg.size, run, f"{role} validation",
                          lambda: save() if stop.signal else None)
         result = scores(logits, validation.labels)
-        entry = {"role": role, "epoch": epoch + 1, "train_loss": train_loss,
+        entry = {"role": role, "epoch": epoch + 1, "time": time.time(), "train_loss": train_loss,
                  **{key: result[key] for key in ("accuracy", "macro_f1", "loss", "calibration_error", "correct")},
                  "lr": lr, "images_per_second": samples / seconds, "seconds": seconds,
                  "teacher_batches": teacher.store.teacher_batches if teacher else 0}

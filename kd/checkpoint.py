@@ -93,6 +93,15 @@ def load(path: Path, say: Callable[[str], None] = print) -> dict[str, Any] | Non
     return None
 
 
+def _sweep(out: Path) -> None:
+    """Remove what a killed process was writing: its temporary files, and saved folders that were not swapped in."""
+    for path in out.glob(".*.tmp"):
+        path.unlink()
+    for name in RUN_FOLDERS:
+        for leftover in (out / f".{name}.new", out / f".{name}.old"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
 def open_run(out: Path, config: dict[str, Any], free: set[str], resume: bool, overwrite: bool,
              ) -> tuple[Path, dict[str, Any] | None]:
     """The folder of a run, with `config` in its config.json; and its checkpoint under `resume`, else None.
@@ -105,6 +114,8 @@ def open_run(out: Path, config: dict[str, Any], free: set[str], resume: bool, ov
         if out.exists() and any(out.iterdir()):
             if not record.is_file():
                 raise BadInput(f"--out {out}: holds files that are not a run; give another folder")
+            if resume or overwrite:
+                _sweep(out)
             if resume:
                 before = json.loads(record.read_text())
                 changed = [f"--{name.replace('_', '-')} {value} (was {before.get(name)})"

@@ -12,6 +12,7 @@ A row is the sample's C logits; or, where C is large, the k largest of them, the
 for all the others: such that they have, evenly spread, the very probability at temperature T that they had.
 """
 
+import errno
 import hashlib
 import json
 import math
@@ -69,7 +70,9 @@ class LogitStore:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "key.json").write_text(text)
         except OSError as error:
-            raise BadInput(f"--cache-dir: cannot write the logit store {self.folder}: {error.strerror}") from error
+            kind = TrainingFault if error.errno in (errno.ENOSPC, errno.EDQUOT) else BadInput
+            raise kind(f"--cache-dir: cannot write the logit store {self.folder}: {error.strerror}; free some space "
+                       f"or choose another") from error
 
     def _paths(self, view: int) -> tuple[Path, Path]:
         return self.folder / f"view-{view}.f32", self.folder / f"view-{view}.sum"

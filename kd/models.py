@@ -19,8 +19,7 @@ import torch
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 
-from kd import BadInput
-from kd import hub
+from kd import BadInput, TrainingFault, hub
 
 
 class Preprocessing(NamedTuple):
@@ -186,6 +185,9 @@ def save(model: nn.Module, folder: Path, classes: tuple[str, ...], prep: Preproc
         if folder.exists():
             folder.rename(old)
         fresh.rename(folder)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise TrainingFault(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}; free some space, "
+                            f"then --resume") from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

@@ -4,10 +4,14 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Any, BinaryIO, Iterable
 
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
+from kd import TrainingFault
 from kd.checkpoint import write_atomic
 
 
@@ -21,27 +25,40 @@ class Records:
     """The files of a run: metrics.jsonl (one object an epoch) and TensorBoard events, from the same history."""
 
     def __init__(self, out: Path, earlier_seconds: float = 0.0) -> None:
-        from torch.utils.tensorboard import SummaryWriter
         self.began = time.monotonic() - earlier_seconds
-        self.path = out / "metrics.jsonl"
-        self.board = SummaryWriter(str(out / "tensorboard"))
+        self.path, self.board = out / "metrics.jsonl", out / "tensorboard"
+        self._events: BinaryIO | None = None
 
     def seconds(self) -> float:
         """Wall time of the run, that of the processes before a resume included."""
         return time.monotonic() - self.began
 
     def write(self, history: list[dict[str, Any]]) -> None:
-        """Put down the whole history; its last entry also goes to TensorBoard.
+        """Put down the history, of which the last entry is new. Raises TrainingFault where the disk is full.
 
-        The file is written anew rather than appended to: after a crash it then holds what the checkpoint holds, no
-        epoch twice and none lost.
+        metrics.jsonl is written anew rather than appended to: after a crash it then holds what the checkpoint holds,
+        no epoch twice and none lost. For the same reason a process begins TensorBoard's events again, in its own file.
         """
         write_atomic(self.path, "".join(json.dumps(entry) + "\n" for entry in history).encode())
-        entry = history[-1]
-        for name, value in entry.items():
-            if name not in ("role", "epoch") and isinstance(value, (int, float)):
-                self.board.add_scalar(f"{entry['role']}/{name}", value, entry["epoch"])
-        self.board.flush()
+        try:
+            new = history[-1:]
+            if self._events is None:
+                new = history
+                self.board.mkdir(exist_ok=True)
+                for old in self.board.glob("events.*"):
+                    old.unlink()
+                self._events = open(self.board / f"events.out.tfevents.{time.time_ns()}.kd", "wb")
+                RecordWriter(self._events).write(Event(file_version="brain.Event:2").SerializeToString())
+            for entry in new:
+                values = [Summary.Value(tag=f"{entry['role']}/{name}", simple_value=value)
+                          for name, value in entry.items()
+                          if name not in ("role", "epoch", "time") and isinstance(value, (int, float))]
+                event = Event(wall_time=entry["time"], step=entry["epoch"], summary=Summary(value=values))
+                RecordWriter(self._events).write(event.SerializeToString())
+            self._events.flush()
+        except OSError as error:
+            raise TrainingFault(f"cannot write {self.board}: {error.strerror}; free some space, then --resume"
+                                ) from error
 
 
 def epoch_line(entry: dict[str, Any], epochs: int, best: bool) -> str:

@@ -102,14 +102,17 @@ def test_a_signal_is_noted_and_the_loop_goes_on(capsys):
 
 def test_metrics_are_one_object_an_epoch(tmp_path):
     records = report.Records(tmp_path)
-    history = [{"role": "student", "epoch": 1, "accuracy": 0.5}]
+    history = [{"role": "student", "epoch": 1, "time": 1.0, "accuracy": 0.5}]
     records.write(history)
-    history.append({"role": "student", "epoch": 2, "accuracy": 0.75})
+    history.append({"role": "student", "epoch": 2, "time": 2.0, "accuracy": 0.75})
     records.write(history)
+    history.append({"role": "student", "epoch": 3, "time": 3.0, "accuracy": 0.25})
+    report.Records(tmp_path).write(history)  # another process goes on
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == history
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("student/accuracy")] == [(1, 0.5), (2, 0.75)]
+    assert [(event.step, event.value) for event in events.Scalars("student/accuracy")] == [
+        (1, 0.5), (2, 0.75), (3, 0.25)]
 
 
 def test_the_table_states_counts_and_the_gain():
