@@ -331,7 +331,7 @@ def main(cfg: Config) -> dict[str, Any]:
     # 4 its logits: asked for once, then kept for good under all that decides them
     weights = models.digest(teacher_model)
     rounds = min(cfg.views or cfg.epochs, cfg.epochs)
-    compiled = cfg.compile != "off" and frozen.work(teacher_model, rounds * len(data.train), cfg.size) > frozen.PAYS
+    compiled = frozen.pays(teacher_model, rounds * len(data.train), cfg.size, cfg.compile)
 
     def store(split: Split, augment: Spec | None, keep: int) -> LogitStore:
         decides = dict(teacher=weights, name=cfg.teacher, prep=teacher_prep, size=cfg.size, augment=augment,

@@ -12,6 +12,7 @@ such a ratio can be trusted.
 import contextlib
 import dataclasses
 import json
+import random
 import resource
 import sys
 import tempfile
@@ -61,7 +62,8 @@ class Bench:
         self.samples = samples
         self.teacher_model = models.freeze(self.place(models.create("teacher", cfg.teacher, dataset.classes,
                                                                     cfg.teacher_weights, note)))
-        self.fast_teacher = frozen.fast(self.teacher_model, cfg.batch_size, cfg.compile != "off")
+        self.fast_teacher = frozen.fast(self.teacher_model, cfg.batch_size,
+                                        frozen.pays(self.teacher_model, len(data.train), cfg.size, cfg.compile))
         self.teacher_prep = models.preprocessing(self.teacher_model)
         self.loss_fn, self.loss_name = losses.choose_loss(cfg.loss, self.run.device, len(data.classes),
                                                           train.SPECS[cfg.augment].mixup > 0)
@@ -180,9 +182,9 @@ def compare(cfg: train.Config, rounds: int, steps: int) -> dict[str, Any]:
             part()
         table, names = [], list(parts)
         with report.progress(rounds, "rounds", "round") as bar:
-            for turn in range(rounds):
-                turned = names[turn % len(names):] + names[:turn % len(names)]  # no part always follows the same one
-                row = {part: parts[part]() for part in turned}
+            order = random.Random(0)
+            for _ in range(rounds):
+                row = {part: parts[part]() for part in order.sample(names, len(names))}  # none always follows the same
                 table.append([row[part] for part in names])
                 bar.update()
     rates = np.array(table)
@@ -208,12 +210,12 @@ def compare(cfg: train.Config, rounds: int, steps: int) -> dict[str, Any]:
 
 
 def training_flops(student: str, size: int, device: torch.device) -> float:
-    """Floating-point operations of forward and backward for one image, counted by torch, twice a multiply-add."""
+    """Floating-point operations of forward and backward for one image: three forwards, twice a multiply-add."""
     from torch.utils.flop_counter import FlopCounterMode
     twin = models.create("student", student, ("a", "b")).to(device)
     with FlopCounterMode(display=False) as counter:
-        twin(torch.zeros(2, 3, size, size, device=device)).sum().backward()
-    return counter.get_total_flops() / 2
+        twin(torch.zeros(2, 3, size, size, device=device))  # torch counts the backward of grouped convolutions wrongly
+    return 3 * counter.get_total_flops() / 2
 
 
 def machine_limits(device: torch.device) -> dict[str, float]:

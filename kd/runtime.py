@@ -40,9 +40,12 @@ def start(device: str, amp: str, compile: str) -> Runtime:
     if amp == "fp16" and chosen.type == "cpu":
         raise BadInput("--amp fp16: the CPU has no fast half precision; use bf16, off or auto")
     if amp == "auto":
-        # bf16 needs no gradient scaler, so it is preferred to fp16 where the tensor cores have it (Ampere on). CPUs
-        # without matrix units for bf16 lose more in conversions than they gain
-        amp = "off" if chosen.type == "cpu" else ("bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16")
+        # bf16 needs no gradient scaler, so it is preferred to fp16 where tensor cores (Ampere on) or the CPU's own
+        # instructions multiply it; other CPUs lose more in conversions than they gain
+        if chosen.type == "cpu":
+            amp = "bf16" if torch.cpu.get_capabilities().get("avx512_bf16") else "off"
+        else:
+            amp = "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
     dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
     compiled = compile == "on" or (compile == "auto" and chosen.type == "cuda")
     if chosen.type == "cuda":

@@ -45,7 +45,7 @@ def tiny(photos, tmp_path) -> train.Config:
     return train.Config(recipe="tutorial", dataset=str(photos), size=32, epochs=2, batch_size=8, lr=2e-3,
                         teacher="test_resnet", teacher_weights="none", teacher_epochs=1, teacher_lr=2e-3,
                         allow_weak_teacher=True, student="test_efficientnet", out=str(tmp_path / "run"),
-                        cache_dir=str(tmp_path / "cache"), device="cpu")
+                        cache_dir=str(tmp_path / "cache"), device="cpu", amp="off")
 
 
 @pytest.fixture(scope="session")

@@ -78,7 +78,8 @@ def tiny_run(folder: Path, photos: Path, **changes: Any) -> train.Config:
     config = train.Config(recipe="tutorial", dataset=str(photos), size=32, epochs=3, batch_size=8, lr=2e-3,
                           augment="crop", views=2, teacher="test_resnet", teacher_weights="none", teacher_epochs=1,
                           teacher_lr=2e-3, allow_weak_teacher=True, student="test_efficientnet",
-                          out=str(folder / "run"), cache_dir=str(folder / "cache"), device="cpu", save_minutes=0.0)
+                          out=str(folder / "run"), cache_dir=str(folder / "cache"), device="cpu", amp="off",
+                          save_minutes=0.0)
     return dataclasses.replace(config, **changes)
 
 
