@@ -279,8 +279,6 @@ def main(cfg: Config) -> dict[str, Any]:
     commit = runtime.commit()  # of the code that runs, asked before anybody can change it
     run = runtime.start(cfg.device, cfg.amp, cfg.compile)
     on_cpu = run.device.type == "cpu"
-    if on_cpu:
-        fast_cpu.tune_allocator()
 
     def placed(model: nn.Module) -> nn.Module:
         model = model.to(run.device).to(memory_format=torch.channels_last)
@@ -314,8 +312,9 @@ def main(cfg: Config) -> dict[str, Any]:
     def trained(role: str, model: nn.Module, cfg: Config, prep: models.Preprocessing, on: Data, epochs: int, lr: float,
                 kd_weight: float, teacher: Teacher | None) -> nn.Module:
         if role not in state["done"]:
-            fit(role, model, prep, on, cfg, run, out, epochs=epochs, lr=lr, kd_weight=kd_weight, teacher=teacher,
-                state=state, stop=stop, records=records)
+            fp32 = on_cpu and cfg.amp == "auto" and fast_cpu.slow_in_bf16(model)
+            fit(role, model, prep, on, cfg, run._replace(amp=None) if fp32 else run, out, epochs=epochs, lr=lr,
+                kd_weight=kd_weight, teacher=teacher, state=state, stop=stop, records=records)
             state["done"].append(role)
         return models.load_saved(out / role, model)
 

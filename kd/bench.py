@@ -47,8 +47,6 @@ class Bench:
         begin = time.perf_counter()
         self.cfg, self.folder = dataclasses.replace(cfg, epochs=1), folder
         self.run = runtime.start(cfg.device, cfg.amp, cfg.compile)
-        if self.run.device.type == "cpu":
-            fast_cpu.tune_allocator()
         dataset = train.open_dataset(cfg.dataset, 0, say=note)
         torch.manual_seed(0)
         self.student = self.place(models.create("student", cfg.student, dataset.classes, say=note))
@@ -164,11 +162,11 @@ def compare(cfg: train.Config, rounds: int, steps: int) -> dict[str, Any]:
         soft = torch.randn(len(x), len(bench.data.classes), device=device)
 
         def tutorial() -> float:
-            fast_cpu.tune_allocator(False)  # the allocator is the process's; the tutorial has it as it comes
+            runtime.tune_allocator(False)  # the allocator is the process's; the tutorial has it as it comes
             begin = bench.wait()
             tutorial_loop(theirs, their_teacher, plain, images, labels, cfg.temperature, cfg.kd_weight)
             rate = bench.samples / (bench.wait() - begin)
-            fast_cpu.tune_allocator(bench.run.device.type == "cpu")
+            runtime.tune_allocator(bench.run.device.type == "cpu")
             return rate
 
         parts: dict[str, Callable[[], float]] = {

@@ -6,12 +6,10 @@ forward then runs the fused kernels of fast_cpu.cpp; otherwise, and in eval mode
 buffers and names are untouched, so checkpoints and saved folders know nothing of it. Forward hooks on the convolutions
 and norms inside a fused block do not fire in training.
 """
-import ctypes
 import functools
 import hashlib
 import logging
 import os
-import platform
 import tempfile
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -24,22 +22,6 @@ from torch import Tensor, nn
 
 INF = float("inf")
 RANGES = {nn.Identity: (-INF, INF), nn.ReLU: (0.0, INF), nn.ReLU6: (0.0, 6.0)}  # act = clamp(z, lo, hi)
-
-
-def tune_allocator(keep: bool = True) -> bool:
-    """Tells glibc to keep large blocks. Otherwise every activation is mapped, faulted in page by page, and unmapped
-    again, at every step: millions of page faults. Call it before the first large tensor. False where not glibc.
-
-    keep=False takes it back, to where glibc's own adaptive thresholds end up after some steps (32 and 64 MB).
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
-    settings = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1}
-    if not keep:
-        settings = {M_MMAP_MAX: 65536, M_TRIM_THRESHOLD: 64 << 20, M_MMAP_THRESHOLD: 32 << 20}
-    libc = ctypes.CDLL(None)
-    return all([libc.mallopt(name, value) for name, value in settings.items()])
 
 
 @functools.cache
@@ -196,3 +178,9 @@ def accelerate(model: nn.Module, say: Callable[[str], object] = print) -> nn.Mod
     if whole:
         model.__class__ = FastEfficientNet
     return model
+
+
+def slow_in_bf16(model: nn.Module) -> bool:
+    """Whether CPUs train `model` faster in float32: it has grouped convolutions that these kernels do not run."""
+    fused = {id(part) for m in model.modules() if type(m) in FAST.values() for part in m.modules()}
+    return any(isinstance(m, nn.Conv2d) and m.groups > 1 and id(m) not in fused for m in model.modules())

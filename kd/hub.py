@@ -1,6 +1,7 @@
 """The Hugging Face Hub's two questions that need care: is it there, and where does a finished folder go."""
 
 import os
+import threading
 import urllib.error
 import urllib.request
 
@@ -16,16 +17,26 @@ def reachable(timeout: float = 8.0) -> bool:
     """
     if constants.HF_HUB_OFFLINE:
         return False
-    try:
-        request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
-        urllib.request.urlopen(request, timeout=timeout).close()
-    except urllib.error.HTTPError:
-        return True  # it answered, if only to say no
-    except (OSError, ValueError):
+    answered = threading.Event()
+
+    def ask() -> None:
+        try:
+            request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+            urllib.request.urlopen(request, timeout=timeout).close()
+            answered.set()
+        except urllib.error.HTTPError:
+            answered.set()  # it answered, if only to say no
+        except (OSError, ValueError):
+            pass
+
+    # in a thread, because the look-up of a name does not heed the timeout
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(timeout)
+    if not answered.is_set():
         constants.HF_HUB_OFFLINE = True
         os.environ["HF_HUB_OFFLINE"] = "1"  # `datasets` reads the environment when it is imported
-        return False
-    return True
+    return answered.is_set()
 
 
 def push_folder(folder: str, repo: str, message: str, private: bool = False) -> str:

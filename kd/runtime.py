@@ -1,6 +1,7 @@
 """The machine: device, precision, allocator, threads; signals; and what a result must say about where it was made."""
 
 import contextlib
+import ctypes
 import os
 import platform
 import signal
@@ -53,9 +54,26 @@ def start(device: str, amp: str, compile: str) -> Runtime:
         torch.backends.cuda.matmul.allow_tf32 = True
         name = torch.cuda.get_device_name()
     else:
+        tune_allocator()
         name = f"{torch.get_num_threads()} threads"
     line = f"{chosen.type} ({name}), {amp if dtype else 'fp32'}" + (", compiled" if compiled else "")
     return Runtime(chosen, dtype, compiled, line)
+
+
+def tune_allocator(keep: bool = True) -> bool:
+    """Tells glibc to keep large blocks. Otherwise every activation is mapped, faulted in page by page, and unmapped
+    again, at every step: millions of page faults. Call it before the first large tensor. False where not glibc.
+
+    keep=False takes it back, to where glibc's own adaptive thresholds end up after some steps (32 and 64 MB).
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
+    settings = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1}
+    if not keep:
+        settings = {M_MMAP_MAX: 65536, M_TRIM_THRESHOLD: 64 << 20, M_MMAP_THRESHOLD: 32 << 20}
+    libc = ctypes.CDLL(None)
+    return all([libc.mallopt(name, value) for name, value in settings.items()])
 
 
 class Stopped(Exception):

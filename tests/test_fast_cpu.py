@@ -47,6 +47,26 @@ def test_a_training_step_is_the_plain_one_within_rounding(name, shape):
         assert torch.allclose(bc[key], value, rtol=1e-4, atol=3 * (bb[key] - value).abs().max().item() + 1e-6), key
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_in_bf16_the_step_is_no_less_exact_than_the_plain_modules_in_bf16(name):
+    exact, plain, fused = models(name)
+    x = torch.randn((8, 3, 64, 64), generator=torch.Generator().manual_seed(1))
+    a, ga, ba = step(exact, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        (b, gb, bb), (c, gc, bc) = step(plain, x), step(fused, x)
+    assert (c - a).norm() <= 1.5 * (b - a).norm() and (gc - ga).norm() <= 1.5 * (gb - ga).norm()
+    assert (c - a).norm() > (step(fused, x)[0] - a).norm()  # it did run in bf16
+    for key, value in ba.items():
+        assert torch.allclose(bc[key], value, rtol=2e-2, atol=2 * (bb[key] - value).abs().max().item() + 1e-3), key
+
+
+@pytest.mark.parametrize("name, slow", [("mobilenetv2_050", False), ("test_resnet", False),
+                                        ("efficientnet_lite0", True)])
+def test_plain_grouped_convolutions_are_slow_in_bf16(name, slow):
+    model = timm.create_model(name, num_classes=3)
+    assert fast_cpu.slow_in_bf16(fast_cpu.accelerate(model)) == slow
+
+
 def test_weights_keep_their_names_and_evaluation_is_untouched():
     _, plain, fused = models("mobilenetv2_050")
     ours, theirs = fused.state_dict(), plain.state_dict()

@@ -77,13 +77,15 @@ def test_prefetch_works_ahead_of_its_consumer():
     stream.close()
 
 
-def test_a_device_or_precision_that_is_not_there_is_refused():
+def test_a_device_or_precision_that_is_not_there_is_refused(monkeypatch):
     if not torch.cuda.is_available():
         with pytest.raises(BadInput, match="--device cuda"):
             runtime.start("cuda", "auto", "auto")
     with pytest.raises(BadInput, match="--amp fp16"):
         runtime.start("cpu", "fp16", "auto")
-    assert runtime.start("cpu", "auto", "auto")[1:3] == (None, False)
+    for fast, amp in ((True, torch.bfloat16), (False, None)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": fast})
+        assert runtime.start("cpu", "auto", "auto")[1:3] == (amp, False)
     assert runtime.start("cpu", "bf16", "on")[1:3] == (torch.bfloat16, True)
 
 
