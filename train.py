@@ -265,6 +265,8 @@ def model_card(cfg: Config, role: str, facts: dict[str, Any]) -> str:
 def main(cfg: Config) -> dict[str, Any]:
     """The whole run; returns what result.json holds. Raises BadInput, TrainingFault or Stopped."""
     cli.check(cfg)
+    models.check("teacher", cfg.teacher, cfg.teacher_weights)
+    models.check("student", cfg.student)
     out, state = checkpoint.open_run(Path(cfg.out or f"runs/{cfg.recipe}"), dataclasses.asdict(cfg), FREE_ON_RESUME,
                                      cfg.resume, cfg.overwrite)
     state = state or {"history": [], "done": [], "seconds": 0.0}
@@ -278,11 +280,9 @@ def main(cfg: Config) -> dict[str, Any]:
     # 1 runtime
     commit = runtime.commit()  # of the code that runs, asked before anybody can change it
     run = runtime.start(cfg.device, cfg.amp, cfg.compile)
-    on_cpu = run.device.type == "cpu"
 
     def placed(model: nn.Module) -> nn.Module:
-        model = model.to(run.device).to(memory_format=torch.channels_last)
-        return fast_cpu.accelerate(model) if on_cpu else model
+        return fast_cpu.accelerate(model.to(run.device).to(memory_format=torch.channels_last))
 
     # 2 data, as the student declares its input
     dataset = open_dataset(cfg.dataset, cfg.seed)
@@ -304,6 +304,7 @@ def main(cfg: Config) -> dict[str, Any]:
     teacher_prep = models.preprocessing(teacher_model)._replace(crop_pct=prep.crop_pct)
     same = teacher_prep.interpolation == prep.interpolation
     teacher_data = data if same else decoded(teacher_prep.interpolation)
+    checkpoint.write_atomic(out / "config.json", json.dumps(dataclasses.asdict(cfg), indent=2).encode())
     print(f"{run.line} | {dataset.name}: {len(data.train)} + {len(data.validation)} + "
           f"{len(data.test)} pictures, {len(data.classes)} classes, {cfg.size} px | teacher {cfg.teacher} "
           f"({models.parameters(teacher_model):,}) | student {cfg.student} ({models.parameters(student):,}) | "
@@ -312,7 +313,7 @@ def main(cfg: Config) -> dict[str, Any]:
     def trained(role: str, model: nn.Module, cfg: Config, prep: models.Preprocessing, on: Data, epochs: int, lr: float,
                 kd_weight: float, teacher: Teacher | None) -> nn.Module:
         if role not in state["done"]:
-            fp32 = on_cpu and cfg.amp == "auto" and fast_cpu.slow_in_bf16(model)
+            fp32 = cfg.amp == "auto" and fast_cpu.slow_in_bf16(model)
             fit(role, model, prep, on, cfg, run._replace(amp=None) if fp32 else run, out, epochs=epochs, lr=lr,
                 kd_weight=kd_weight, teacher=teacher, state=state, stop=stop, records=records)
             state["done"].append(role)

@@ -104,8 +104,9 @@ def _sweep(out: Path) -> None:
 
 def open_run(out: Path, config: dict[str, Any], free: set[str], resume: bool, overwrite: bool,
              ) -> tuple[Path, dict[str, Any] | None]:
-    """The folder of a run, with `config` in its config.json; and its checkpoint under `resume`, else None.
+    """The folder of a run, made if need be, and its checkpoint under `resume`, else None.
 
+    What makes it a run is its config.json, which the caller writes once the data and the models are known to be good.
     Raises BadInput where the folder holds another run and neither `resume` nor `overwrite` is given, where it holds
     something else, and where a resumed run has another setting (other than those in `free`).
     """
@@ -135,5 +136,4 @@ def open_run(out: Path, config: dict[str, Any], free: set[str], resume: bool, ov
         raise BadInput(f"--out {out}: {error.strerror}; give a folder that can be written") from error
     except ValueError as error:
         raise BadInput(f"{record}: not readable ({error}); replace the run with --overwrite") from error
-    write_atomic(record, json.dumps(config, indent=2).encode())
     return out, None

@@ -161,7 +161,12 @@ FAST = {InvertedResidual: FastInvertedResidual, DepthwiseSeparableConv: FastDept
 
 
 def accelerate(model: nn.Module, say: Callable[[str], object] = print) -> nn.Module:
-    """Makes the training step of `model` faster, in place, where the kernels know its pieces; returns it."""
+    """Makes the training step of `model` faster, in place, where the kernels know its pieces; returns it.
+
+    A model on another device than the CPU is left as it is.
+    """
+    if next(model.parameters()).device.type != "cpu":
+        return model
     fast = [m for m in model.modules() if type(m) in FAST and m.conv_s2d is None
             and type(m.aa) is type(m.se) is nn.Identity and all(_fits(*layer) for layer in _layers(m))]
     whole = (type(model) is EfficientNet and _fits(model.conv_stem, model.bn1, image=True)
@@ -182,5 +187,7 @@ def accelerate(model: nn.Module, say: Callable[[str], object] = print) -> nn.Mod
 
 def slow_in_bf16(model: nn.Module) -> bool:
     """Whether CPUs train `model` faster in float32: it has grouped convolutions that these kernels do not run."""
+    if next(model.parameters()).device.type != "cpu":
+        return False
     fused = {id(part) for m in model.modules() if type(m) in FAST.values() for part in m.modules()}
     return any(isinstance(m, nn.Conv2d) and m.groups > 1 and id(m) not in fused for m in model.modules())

@@ -50,6 +50,17 @@ def normalize(views: Tensor, prep: Preprocessing) -> Tensor:
     return views.float().div_(255).sub_(mean).div_(std)
 
 
+def check(flag: str, name: str, weights: str = "none") -> None:
+    """Raise BadInput for a name that timm does not know, and for weights that are no file: ask early."""
+    if not timm.is_model(name):
+        # an unknown tag (`resnet50.nope`) has a known stem; anything else gets the nearest names
+        close = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3, cutoff=0.5)
+        raise BadInput(f"--{flag} {name}: timm has no model of that name"
+                       + (f"; did you mean {' or '.join(close)}?" if close else ""))
+    if weights not in ("none", "imagenet"):
+        _weights_file(flag, weights)
+
+
 def create(flag: str, name: str, classes: tuple[str, ...], weights: str = "none",
            say: Callable[[str], None] = print) -> nn.Module:
     """A timm model with one output a class.
@@ -58,11 +69,7 @@ def create(flag: str, name: str, classes: tuple[str, ...], weights: str = "none"
     saved by `save`. A head of another size is replaced, and `say` gets one line about it. `flag` is named in errors.
     Raises BadInput for an unknown name, weights that cannot be had, are corrupt, or belong to another model.
     """
-    if not timm.is_model(name):
-        # an unknown tag (`resnet50.nope`) has a known stem; anything else gets the nearest names
-        close = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3, cutoff=0.5)
-        raise BadInput(f"--{flag} {name}: timm has no model of that name"
-                       + (f"; did you mean {' or '.join(close)}?" if close else ""))
+    check(flag, name, weights)
     if weights == "imagenet":
         return _create_pretrained(flag, name, len(classes), say)
     try:

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 import io
 import os
 import pickle
@@ -105,7 +106,9 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_no_stray_file(tmp_path, monke
 
 
 def open_run(out: Path, config: dict, resume: bool = False, overwrite: bool = False):
-    return checkpoint.open_run(out, config, {"out"}, resume, overwrite)
+    opened = checkpoint.open_run(out, config, {"out"}, resume, overwrite)
+    checkpoint.write_atomic(out / "config.json", json.dumps(config).encode())
+    return opened
 
 
 def test_a_run_is_never_overwritten_by_accident(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import train
-from kd import BadInput, cli
+from kd import BadInput, TrainingFault, cli
 
 ROOT = Path(__file__).parent.parent
 
@@ -58,3 +58,25 @@ def test_a_mistake_leaves_with_status_2_and_one_line():
     done = subprocess.run([sys.executable, "train.py", "--recipe", "nope"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "train.py: error: --recipe nope: not one of its values; known: demo, tutorial, best\n"
+
+
+@pytest.mark.parametrize("error, status, said", [
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried"), 1,
+     "train.py: error: out of memory with --batch-size 99 and --size 64; make one of them smaller, then --overwrite\n"),
+    (MemoryError(), 1, "train.py: error: out of memory with --batch-size 99 and --size 64"),
+    (TrainingFault("a full\ndisk"), 1, "train.py: error: a full disk\n"), (BadInput("no"), 2, "train.py: error: no\n")])
+def test_what_a_user_can_mend_is_one_line_and_a_status(error, status, said, capsys):
+    def main(config):
+        raise error
+
+    with pytest.raises(SystemExit) as left:
+        cli.run(main, parse("--batch-size", "99", "--size", "64"))
+    assert left.value.code == status and capsys.readouterr().err.startswith(said)
+
+
+def test_a_bug_keeps_its_traceback():
+    def main(config):
+        raise KeyError("a bug")
+
+    with pytest.raises(KeyError, match="a bug"):
+        cli.run(main, parse())

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -100,6 +102,14 @@ def test_a_signal_is_noted_and_the_loop_goes_on(capsys):
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def test_a_second_signal_stops_at_once():
+    code = ("import os, signal; from kd import runtime; runtime.Stop().install()\n"
+            "for number in (signal.SIGTERM, signal.SIGINT): os.kill(os.getpid(), number)\n"
+            "print('went on')")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 130 and done.stdout == "" and "once more stops at once" in done.stderr
 
 
 def test_metrics_are_one_object_an_epoch(tmp_path):

@@ -148,8 +148,10 @@ def test_the_teacher_stays_as_it_was_while_it_teaches(tiny, monkeypatch):
 
 def test_a_teacher_at_chance_is_refused_unless_one_insists(tiny):
     config = dataclasses.replace(tiny, teacher_epochs=0, allow_weak_teacher=False)
+    with pytest.raises(BadInput, match="did you mean test_resnet"):
+        train.main(dataclasses.replace(config, teacher="test_resnett"))
     with pytest.raises(BadInput, match="near chance: its soft targets would be noise"):
-        train.main(config)
+        train.main(config)  # the run that failed before has left nothing in the way
     weak = train.main(dataclasses.replace(config, allow_weak_teacher=True, overwrite=True))
     assert weak["student"]["test_total"] == 12 and (Path(config.out) / "teacher" / "model.safetensors").exists()
 

@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 import zlib
 from pathlib import Path
@@ -213,7 +214,6 @@ def flipped_bits(folder: Path, photos: Path, rng: random.Random, count: int) -> 
     expected, _, _ = whole_run(folder / "whole", photos)
     config = tiny_run(folder / "whole", photos)
     ckpt = Path(config.out) / "last.ckpt"
-    frames = [path for path in Path(config.cache_dir).glob("*.frames") if "-train-" in path.name][0]
     stores = (Path(config.cache_dir) / "logits").iterdir()
     store = next(path for path in stores if len(list(path.glob("view-*.f32"))) == 2)  # the others hold evaluations
     dataset = train.open_dataset(config.dataset, 0, say=lambda line: None)
@@ -227,6 +227,7 @@ def flipped_bits(folder: Path, photos: Path, rng: random.Random, count: int) -> 
         return logits.LogitStore(store.parent, json.loads((store / "key.json").read_text()), 42, 3)
 
     everything = np.arange(42)
+    frames = decoded(lambda line: None).train.frames.path
     pixels = decoded(lambda line: None).train.frames.read(everything)
     known = open_store().get(0, everything)
     assert known is not None
@@ -268,6 +269,7 @@ def signals(folder: Path) -> str:
         line = [sys.executable, "train.py", "--resume", "--size", "64", "--epochs", "2", "--teacher-epochs", "1",
                 "--allow-weak-teacher", "--out", str(out), "--cache-dir", str(folder / "cache"), "--device", "cpu"]
         ours, theirs = pty.openpty()
+        termios.tcsetwinsize(theirs, (24, 120))  # a progress bar needs some room
         process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=theirs)
         os.close(theirs)
         said, deadline, sent = "", time.monotonic() + 240, 0.0
