@@ -95,7 +95,7 @@ def load(path: Path, say: Callable[[str], None] = print) -> dict[str, Any] | Non
 
 def _sweep(out: Path) -> None:
     """Remove what a killed process was writing: its temporary files, and saved folders that were not swapped in."""
-    for path in out.glob(".*.tmp"):
+    for path in [*out.glob(".*.tmp"), *out.glob("*/.*.tmp")]:
         path.unlink()
     for name in RUN_FOLDERS:
         for leftover in (out / f".{name}.new", out / f".{name}.old"):

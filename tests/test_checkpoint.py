@@ -135,6 +135,15 @@ def test_overwrite_removes_the_run_but_nothing_else(tmp_path):
         open_run(tmp_path / "home", {}, overwrite=True)
 
 
+def test_what_a_killed_process_was_writing_is_swept(tmp_path):
+    open_run(tmp_path / "run", {})
+    (tmp_path / "run" / "teacher").mkdir()
+    for stray in (".last.ckpt.7.tmp", "teacher/.README.md.7.tmp"):
+        (tmp_path / "run" / stray).write_bytes(b"half")
+    open_run(tmp_path / "run", {}, resume=True)
+    assert not list((tmp_path / "run").rglob(".*.tmp"))
+
+
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(BadInput, match="--out"):
