@@ -15,7 +15,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterator, NamedTuple
+from typing import Any, Callable
 
 from kd import BadInput, cli
 from kd.cli import flag
@@ -85,29 +85,14 @@ import torch
 from torch import Tensor, nn
 
 from kd import checkpoint, fast_cpu, frozen, health, hub, losses, models, report, runtime
-from kd.augment import SPECS, Spec, epoch_batches, load_views, mixed_labels, partners
+from kd.augment import SPECS, Spec, epoch_batches
+from kd.batches import Teacher, ask_teacher, load_batches
 from kd.data import open_dataset
 from kd.evaluate import chance_level, scores
 from kd.images import Data, Split, decode
 from kd.logits import LogitStore
 from kd.predict import predict
 from kd.prefetch import prefetch
-
-
-class Teacher(NamedTuple):
-    """A frozen model, and what it needs to be asked."""
-
-    model: Callable[[Tensor], Tensor]
-    prep: models.Preprocessing
-    data: Data          # the same pictures as the student's, resized as this model's declared interpolation says
-    store: LogitStore
-
-
-class Batch(NamedTuple):
-    samples: np.ndarray           # (B,) their numbers in the train split
-    views: Tensor                 # (B, 3, H, W) uint8, channels_last, on the device
-    labels: Tensor                # (B,) int64, or (B, C) probabilities under mixup
-    teacher_logits: Tensor | None  # (B, C), where the store knows them
 
 
 def train_step(student: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
@@ -137,32 +122,6 @@ def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup: flo
     return peak * (1 - done if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def load_batches(cfg: Config, data: Data, batches: list[np.ndarray], view: int, teacher: Teacher | None,
-                 device: torch.device) -> Iterator[Batch]:
-    """What the steps of an epoch need, made ahead of them on CUDA (see kd/prefetch.py)."""
-    split, spec = data.train, SPECS[cfg.augment]
-    for samples in batches:
-        views = load_views(split.frames.read, len(split), samples, seed=cfg.seed, view=view, size=cfg.size,
-                           spec=spec, device=device)
-        labels = split.labels[samples]
-        if spec.mixup:
-            others, share = partners(cfg.seed, samples, view, len(split), spec.mixup)
-            labels = mixed_labels(labels, split.labels[others], share, len(data.classes))
-        known = teacher.store.get(view, samples) if teacher else None
-        yield Batch(samples, views, torch.from_numpy(labels).to(device, non_blocking=True),
-                    known.to(device, non_blocking=True) if known is not None else None)
-
-
-def ask_teacher(cfg: Config, teacher: Teacher, batch: Batch, view: int, data: Data, run: runtime.Runtime) -> Tensor:
-    """The teacher's logits of a batch, live: the same views, with the teacher's own mean, std and interpolation."""
-    views = batch.views
-    if teacher.data is not data:
-        views = load_views(teacher.data.train.frames.read, len(data.train), batch.samples, seed=cfg.seed,
-                           view=view, size=cfg.size, spec=SPECS[cfg.augment], device=run.device)
-    with torch.no_grad(), run.autocast():
-        return teacher.model(models.normalize(views, teacher.prep)).float()
-
-
 def fit(role: str, model: nn.Module, prep: models.Preprocessing, data: Data, cfg: Config, run: runtime.Runtime,
         out: Path, *, epochs: int, lr: float, kd_weight: float, teacher: Teacher | None, state: dict[str, Any],
         stop: runtime.Stop, records: report.Records) -> None:
@@ -177,6 +136,7 @@ def fit(role: str, model: nn.Module, prep: models.Preprocessing, data: Data, cfg
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=cfg.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp is torch.float16)
     samples, validation = len(data.train), data.validation
+    views: dict[str, Any] = dict(seed=cfg.seed, size=cfg.size, spec=SPECS[cfg.augment])
     steps_an_epoch = len(epoch_batches(cfg.seed, 0, samples, cfg.batch_size))
 
     # everything that a resumed run needs: the rest follows from (seed, epoch, step)
@@ -210,7 +170,7 @@ def fit(role: str, model: nn.Module, prep: models.Preprocessing, data: Data, cfg
         model.train()
         clock = time.monotonic()
         with report.progress(samples, f"{role} {epoch + 1}/{epochs}", initial=at["step"] * cfg.batch_size) as bar:
-            for batch in prefetch(load_batches(cfg, data, batches, view, teacher, run.device), run.device):
+            for batch in prefetch(load_batches(data, batches, view, teacher, **views, device=run.device), run.device):
                 step = epoch * steps_an_epoch + at["step"]
                 torch.manual_seed(cfg.seed * 1_000_003 + step)  # dropout, where a model has any, is keyed as well
                 for group in optimizer.param_groups:
@@ -218,7 +178,7 @@ def fit(role: str, model: nn.Module, prep: models.Preprocessing, data: Data, cfg
                 soft = None
                 if teacher:
                     soft = teacher.store.logits(view, batch.samples, batch.teacher_logits,
-                                                lambda: ask_teacher(cfg, teacher, batch, view, data, run))
+                                                lambda: ask_teacher(teacher, batch, view, data, **views, run=run))
                 # ---- a single training step ----
                 loss, norm = train_step(forward, optimizer, scaler, models.normalize(batch.views, prep), batch.labels,
                                         soft, loss_fn=loss_fn, temperature=cfg.temperature, kd_weight=kd_weight,

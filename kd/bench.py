@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 import train
 from kd import BadInput, bench_loss, cli, fast_cpu, frozen, losses, models, report, runtime
+from kd.batches import Batch, Teacher, ask_teacher, load_batches
 from kd.images import Data, Split
 
 DEFAULTS = {"dataset": "beans", "size": 224, "batch_size": 8, "teacher": "resnet50", "teacher_weights": "none",
@@ -58,6 +59,7 @@ class Bench:
         one = Split(Subset(data.validation, 1), data.validation.labels[:1])    # type: ignore[arg-type]
         self.data = Data(data.classes, cut, one, one)
         self.samples = samples
+        self.views: dict[str, Any] = dict(seed=0, size=cfg.size, spec=train.SPECS[cfg.augment])
         self.teacher_model = models.freeze(self.place(models.create("teacher", cfg.teacher, dataset.classes,
                                                                     cfg.teacher_weights, note)))
         self.fast_teacher = frozen.fast(self.teacher_model, cfg.batch_size,
@@ -73,8 +75,8 @@ class Bench:
     def store(self, name: str) -> train.LogitStore:
         return train.LogitStore(self.folder / name, {"bench": name}, self.samples, len(self.data.classes))
 
-    def teacher(self, store: train.LogitStore) -> train.Teacher:
-        return train.Teacher(self.fast_teacher, self.teacher_prep, self.data, store)
+    def teacher(self, store: train.LogitStore) -> Teacher:
+        return Teacher(self.fast_teacher, self.teacher_prep, self.data, store)
 
     def fit(self, student: nn.Module, store: train.LogitStore) -> float:
         """Images/s of one epoch of the real `fit` over the block, waiting for data and logging included."""
@@ -85,9 +87,9 @@ class Bench:
                       stop=runtime.Stop(), records=report.Records(self.folder))
         return state["history"][0]["images_per_second"]
 
-    def batches(self, store: train.LogitStore, epoch: int = 0) -> Iterator[train.Batch]:
+    def batches(self, store: train.LogitStore, epoch: int = 0) -> Iterator[Batch]:
         numbers = train.epoch_batches(0, epoch, self.samples, self.cfg.batch_size)
-        return train.load_batches(self.cfg, self.data, numbers, 0, self.teacher(store), self.run.device)
+        return load_batches(self.data, numbers, 0, self.teacher(store), **self.views, device=self.run.device)
 
     def wait(self) -> float:
         if self.run.device.type == "cuda":
@@ -282,7 +284,7 @@ def parts(cfg: train.Config, rounds: int, steps: int) -> dict[str, Any]:
                 if batch is None:
                     break
                 lap("data and view")
-                train.ask_teacher(bench.cfg, bench.teacher(store), batch, 0, bench.data, bench.run)
+                ask_teacher(bench.teacher(store), batch, 0, bench.data, **bench.views, run=bench.run)
                 lap("teacher, if asked")
                 x = models.normalize(batch.views, bench.prep)
                 lap("normalise")

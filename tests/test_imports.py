@@ -10,6 +10,7 @@ STANDS_ON = {
     "data": {"samples", "hub"}, "samples": {"leaves"}, "images": {"pictures"},
     "losses": {"fused_cpu", "fused_triton"},
     "models": {"hub"},
+    "batches": {"models", "augment", "images", "logits", "runtime"},
     "report": {"checkpoint"},
     "bench_loss": {"losses"},
     "predict": {"models", "images", "pictures", "report", "runtime", "cli"},

@@ -113,13 +113,13 @@ def test_stored_logits_are_the_live_teachers_under_shuffles_epochs_batch_sizes_a
     folder = next((Path(config.cache_dir) / "logits").iterdir())
     store = train.LogitStore(folder.parent, json.loads((folder / "key.json").read_text()), 42, 3)
     teacher, seen = train.Teacher(teacher_model, prep, data, store), 0
+    views: dict = dict(seed=0, size=32, spec=train.SPECS["mixup"])
     for batch_size, tolerance in ((8, 0.0), (5, 1e-5)):
-        batched = dataclasses.replace(config, batch_size=batch_size)
         for epoch in range(2):
             batches = train.epoch_batches(0, epoch, 42, batch_size)
-            for batch in train.load_batches(batched, data, batches, epoch, teacher, run.device):
+            for batch in train.load_batches(data, batches, epoch, teacher, **views, device=run.device):
                 assert batch.teacher_logits is not None
-                live = train.ask_teacher(batched, teacher, batch, epoch, data, run)
+                live = train.ask_teacher(teacher, batch, epoch, data, **views, run=run)
                 assert (batch.teacher_logits - live).abs().max() <= tolerance
                 seen += len(batch.samples)
     assert seen == 4 * 42 and store.teacher_batches == 0
@@ -133,9 +133,9 @@ def test_without_a_share_in_the_loss_the_teacher_changes_nothing(tiny):
 def test_the_teacher_stays_as_it_was_while_it_teaches(tiny, monkeypatch):
     before, after, real = [], [], train.ask_teacher
 
-    def ask(cfg, teacher, *rest):
+    def ask(teacher, *rest, **views):
         before.append(models.digest(teacher.model))
-        logits = real(cfg, teacher, *rest)
+        logits = real(teacher, *rest, **views)
         after.append(models.digest(teacher.model))
         return logits
 
