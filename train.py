@@ -43,7 +43,7 @@ class Config:
     teacher_weights: str = flag("imagenet", "imagenet (timm's), none, a .safetensors file, or a saved folder")
     teacher_epochs: int = flag(8, "epochs of fine-tuning before it teaches; 0: as loaded", low=0)
     teacher_lr: float = flag(1e-3, "peak learning rate of the teacher's fine-tuning", above=0)
-    teacher_augment: str = flag("crop", "the same for its fine-tuning's views", ("none", "flip", "crop", "mixup"))
+    teacher_augment: str = flag("crop", "what a view may change in its fine-tuning", ("none", "flip", "crop", "mixup"))
     allow_weak_teacher: bool = flag(False, "teach even where the teacher is near chance")
     student: str = flag("mobilenetv2_100", "timm model that learns, from random weights")
     temperature: float = flag(5.0, "T, softens both distributions", above=0)

@@ -49,6 +49,16 @@ def default_text(name: str, default: Any, recipes: dict[str, dict[str, Any]]) ->
     return "; ".join([str(default), *others])
 
 
+def flags_table(config_class: type, recipes: dict[str, dict[str, Any]]) -> str:
+    """Every flag, its default (and where a recipe has another one, that) and its meaning, as a Markdown table."""
+    lines = ["| flag | default | meaning |", "|---|---|---|"]
+    for field in dataclasses.fields(config_class):
+        text, choices = field.metadata["help"], ", ".join(field.metadata["choices"])
+        default = default_text(field.name, "" if isinstance(field.default, bool) else field.default, recipes)
+        lines.append(f"| `--{field.name.replace('_', '-')}` | {default} | {text}{f' ({choices})' if choices else ''} |")
+    return "\n".join(lines)
+
+
 class OneLineParser(argparse.ArgumentParser):
     """Raises BadInput where argparse would print its whole usage and leave."""
 

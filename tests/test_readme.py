@@ -1,7 +1,11 @@
-"""The README's numbers are those of the files under results/."""
+"""What the README says: its numbers, its table of flags, its worked diffs."""
 
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -24,3 +28,32 @@ def test_every_row_equals_its_result_and_every_result_has_a_row():
         assert re.fullmatch(r"[0-9a-f]{40}", result["commit"]), f"{named[1]} was not made by a committed state"
         assert result["config"]["seed"] == int(re.search(r"seed (\d+)", line)[1]), line  # type: ignore[index]
     assert found == {str(path.relative_to(ROOT)) for path in (ROOT / "results").glob("*.json")}
+
+
+def test_the_table_of_flags_is_the_config():
+    """To mend it, put what this prints between the two comments."""
+    command = "import train; from kd import cli; print(cli.flags_table(train.Config, train.RECIPES))"
+    plain = {name: value for name, value in os.environ.items() if name != "XDG_CACHE_HOME"}  # it is in a default
+    made = subprocess.run([sys.executable, "-c", command], cwd=ROOT, env=plain, capture_output=True, text=True,
+                          check=True)
+    shown = re.search(r"<!-- flags: .*? -->\n(.*)<!-- /flags -->", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert shown and shown[1] == made.stdout
+
+
+def test_the_worked_diffs_apply_are_short_and_train(photos, tmp_path):
+    diffs = re.findall(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(diffs) == 3
+    copy = tmp_path / "kd"
+    shutil.copytree(ROOT / "kd", copy / "kd")
+    shutil.copy(ROOT / "train.py", copy)
+    for diff in diffs:
+        assert len(re.findall(r"^[+-](?![+-])", diff, re.MULTILINE)) < 10
+        subprocess.run(["git", "apply", "--unidiff-zero", "-"], cwd=copy, input=diff, text=True, check=True)
+    flags = ("--recipe tutorial --size 32 --epochs 1 --lr 1e-3 --teacher test_resnet --teacher-weights none "
+             "--teacher-epochs 0 --allow-weak-teacher --student mobilenetv2_025 --augment grey --out run "
+             "--cache-dir cache").split()
+    done = subprocess.run([sys.executable, "train.py", "--dataset", str(photos), *flags], cwd=copy, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["student"]["model"] == "mobilenetv2_025" and result["student"]["params"] < 300_000
