@@ -206,7 +206,7 @@ def _build_or_wait(path: Path, recipe: Recipe, say: Say, progress: Progress | No
         try:
             frames = _find(path, recipe, lambda _: None)  # has it been built while this process waited?
             if frames is None:
-                _build(lock, recipe, path.name, progress)
+                _build(lock, recipe, path.name.rsplit("-", 2)[0], progress)
                 os.rename(temporary, path)
             else:
                 temporary.unlink()
@@ -276,7 +276,8 @@ def _build(descriptor: int, recipe: Recipe, name: str, progress: Progress | None
     ahead: deque[Future] = deque()
     pool = ThreadPoolExecutor(workers)
     try:
-        for done in tqdm(range(count), f"decoding {name}", unit="image", leave=False, disable=None):
+        for done in tqdm(range(count), f"decoding {name}", unit="img", leave=False, disable=None,
+                         dynamic_ncols=True):
             while len(ahead) < 4 * workers and done + len(ahead) < count:
                 ahead.append(pool.submit(work, done + len(ahead)))
             checksums[done], digest = ahead.popleft().result()

@@ -11,7 +11,8 @@ STANDS_ON = {
     "losses": {"fused_cpu", "fused_triton"},
     "models": {"hub"},
     "batches": {"models", "augment", "images", "logits", "runtime"},
-    "report": {"checkpoint"},
+    "report": {"checkpoint", "cli", "compare"}, "compare": {"cli"},
+    "page": {"augment", "checkpoint", "cli", "compare", "evaluate", "images"},
     "bench_loss": {"losses"},
     "predict": {"models", "images", "pictures", "report", "runtime", "cli"},
 }
