@@ -72,9 +72,10 @@ def compare(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
         inside = [row for row in rows if row["run"] in names]
         for row in inside:
             row["group"] = number
-        group = {"group": number, "n": len(names), "runs": names, "seeds": [row["seed"] for row in inside],
-                 **{role: spread([row[role]["accuracy"] for row in inside if role in row]) for role in ROLES},
-                 "gain": spread([row["gain"] for row in inside if row["gain"] is not None]), "notes": []}
+        group: dict[str, Any] = {
+            "group": number, "n": len(names), "runs": names, "seeds": [row["seed"] for row in inside],
+            **{role: spread([row[role]["accuracy"] for row in inside if role in row]) for role in ROLES},
+            "gain": spread([row["gain"] for row in inside if row["gain"] is not None]), "notes": []}
         if len(set(group["seeds"])) < len(names):
             group["notes"].append("a seed occurs twice: the spread is that of fewer runs than n")
         for what, values in (("commits", [row["commit"] for row in inside]),

@@ -2,8 +2,8 @@
 
     python -m kd.page RUN ...       draws it again, from result.json, metrics.jsonl and predictions.npz
 
-predictions.npz holds the test logits of every model with labels, class names and sample names, and the pictures that the
-page shows: all that is needed to study a run without its data. It is read with allow_pickle=False.
+predictions.npz holds the test logits of every model with labels, class names and sample names, and the pictures that
+the page shows: all that is needed to study a run without its data. It is read with allow_pickle=False.
 """
 
 import argparse
@@ -130,12 +130,12 @@ def plot(draw: Callable[[Figure, dict[str, str]], None], alt: str, width: float 
     for colours in (LIGHT, DARK):
         style = {"text.color": colours["ink"], "axes.edgecolor": colours["line"], "axes.labelcolor": colours["muted"],
                  "xtick.color": colours["line"], "xtick.labelcolor": colours["muted"], "ytick.color": colours["line"],
-                 "ytick.labelcolor": colours["muted"], "axes.facecolor": "none", "grid.color": colours["line"],
-                 "axes.grid": True, "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False,
+                 "ytick.labelcolor": colours["muted"], "axes.facecolor": "none",
+                 "grid.color": colours["line"], "axes.grid": True, "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False,
                  "font.size": 9, "axes.labelsize": 9, "legend.frameon": False, "legend.fontsize": 8.5,
                  "lines.linewidth": 1.8, "grid.linewidth": 0.7, "text.parse_math": False,
                  "svg.fonttype": "none", "svg.hashsalt": "kd"}  # text stays text; the same run gives the same bytes
-        with matplotlib.rc_context(style):
+        with matplotlib.rc_context(style):  # type: ignore[arg-type]
             figure, buffer = Figure(figsize=(width, height), layout="constrained"), io.StringIO()
             draw(figure, colours)
             figure.savefig(buffer, format="svg", transparent=True,
@@ -275,9 +275,9 @@ def chance(kept: dict[str, np.ndarray]) -> str:
         return '<p class="note">Without <code>--control</code> nothing says what the teacher was worth.</p>'
     student, control = (kept[role].argmax(1) == kept["labels"] for role in ("student", "control"))
     ours, theirs = int((student & ~control).sum()), int((control & ~student).sum())
-    return (f'<p class="note">{ours} test images only the student has right, {theirs} only the control: by chance alone '
-            f'a split as uneven comes with probability {sign_test(ours, theirs):.2g} (McNemar’s exact test). Another '
-            f'seed moves both models besides; <code>python -m kd.report</code> compares runs.</p>')
+    return (f'<p class="note">{ours} test images only the student has right, {theirs} only the control: by chance '
+            f'alone a split as uneven comes with probability {sign_test(ours, theirs):.2g} (McNemar’s exact test). '
+            f'Another seed moves both models besides; <code>python -m kd.report</code> compares runs.</p>')
 
 
 def confusion(result: dict[str, Any], classes: list[str]) -> str:
@@ -300,8 +300,8 @@ def confusion(result: dict[str, Any], classes: list[str]) -> str:
                     f'<td class="{"hit" if i == j else "miss" if count else "none"}" '
                     f'style="--share:{shares[i, j]:.3f}">{count}</td>' for j, count in enumerate(counts[i])) + "</tr>"
                 for i, name in enumerate(classes))
-            body = (f'<div class="wide"><table class="confusion {role}"><thead><tr><th scope="col">true, down; predicted, '
-                    f'across</th>{head}</tr></thead><tbody>{rows}</tbody></table></div>')
+            body = (f'<div class="wide"><table class="confusion {role}"><thead><tr><th scope="col">true ↓ predicted →'
+                    f'</th>{head}</tr></thead><tbody>{rows}</tbody></table></div>')
         parts.append(f'<div><h3><i class="dot {role}"></i>{role}</h3>{body}</div>')
     return f'<div class="grid">{"".join(parts)}</div>'
 
@@ -334,8 +334,8 @@ def error_card(kept: dict[str, np.ndarray], index: int, picture: np.ndarray, tem
     return (f'<figure class="card" data-sample="{index}">{photo(picture, alt)}<figcaption>'
             f'<b>{escape(classes[label])}</b><span>{escape(short(str(kept["names"][index])))}</span></figcaption>'
             f'<table><thead><tr><td></td><th scope="colgroup" colspan="{len(heads)}">teacher</th>'
-            f'<th scope="colgroup" colspan="{len(heads)}">student</th></tr><tr><th scope="col">%</th>{head}</tr></thead>'
-            f'<tbody>{body}</tbody></table></figure>')
+            f'<th scope="colgroup" colspan="{len(heads)}">student</th></tr><tr><th scope="col">%</th>{head}</tr>'
+            f'</thead><tbody>{body}</tbody></table></figure>')
 
 
 def errors(kept: dict[str, np.ndarray], temperature: float) -> str:
@@ -348,7 +348,8 @@ def errors(kept: dict[str, np.ndarray], temperature: float) -> str:
         cards = [error_card(kept, i, pictures[i], temperature) for i in numbers.tolist() if i in pictures]
         told = "all of them" if len(cards) == len(numbers) else f"the {len(cards)} surest mistakes"
         parts.append(f'<h3>{title}: {len(numbers)} of {total}</h3>'
-                     + (f'<p class="note">Shown: {told}.</p><div class="cards">{"".join(cards)}</div>' if cards else ""))
+                     + (f'<p class="note">Shown: {told}.</p><div class="cards">{"".join(cards)}</div>' if cards
+                        else ""))
     return "".join(parts)
 
 
@@ -373,7 +374,7 @@ def time_parts(history: list[dict[str, Any]], total: float) -> list[tuple[str, f
     between = [max(0.0, now["elapsed"] - before["elapsed"] - now["seconds"])
                for before, now in zip(history, history[1:])
                if now["role"] == before["role"] and "elapsed" in before and "elapsed" in now]
-    known = [(name, seconds) for name, _, seconds in parts if seconds] + [("evaluation and saving", sum(between))]
+    known = [(name, seconds) for name, _, seconds in [*parts, ("evaluation and saving", "", sum(between))] if seconds]
     rest = max(0.0, total - sum(seconds for _, seconds in known))
     return [*known, ("the rest: decoding, the teacher’s logits, test", rest)]
 
@@ -392,8 +393,9 @@ def time_table(history: list[dict[str, Any]], total: float) -> str:
 
 def settings(result: dict[str, Any]) -> str:
     def pairs(values: dict[str, Any]) -> str:
-        return "".join(f"<tr><th scope=\"row\">{escape(str(name))}</th><td>{escape(str(value))}</td></tr>"
+        return "".join(f'<tr><th scope="row">{escape(str(name))}</th><td>{escape(str(value))}</td></tr>'
                        for name, value in values.items())
+
     return (f'<details><summary>Settings</summary><div class="wide"><table class="plain"><tbody>'
             f'{pairs(result["config"])}</tbody></table></div></details>'
             f'<details><summary>Machine, versions, commit</summary><div class="wide"><table class="plain"><tbody>'
@@ -409,7 +411,8 @@ body { margin: 0; background: var(--ground); color: var(--ink); overflow-wrap: a
 main { max-width: 1120px; margin: 0 auto; padding: 28px 16px 64px }
 header p { margin: 0; color: var(--muted) }
 header .eyebrow { font-size: 13px; letter-spacing: .04em }
-h1 { font-size: clamp(26px, 5vw, 38px); line-height: 1.15; font-weight: 650; letter-spacing: -.02em; margin: 4px 0 8px }
+h1 { font-size: clamp(26px, 5vw, 38px); line-height: 1.15; font-weight: 650; letter-spacing: -.02em;
+  margin: 4px 0 8px }
 h2 { font-size: 21px; font-weight: 650; letter-spacing: -.01em; margin: 56px 0 4px }
 h3 { font-size: 15px; font-weight: 600; margin: 20px 0 6px }
 p { max-width: 68ch; margin: 4px 0 12px }
@@ -468,7 +471,8 @@ ul { padding-left: 20px; font-size: 14px }
 .sheet figure { margin: 0; min-width: 0 } .sheet figcaption { font-size: 13px; color: var(--muted) }
 .sheet figure div { display: grid; grid-auto-flow: column; grid-auto-columns: 1fr; gap: 4px }
 .sheet img { width: 100%; height: auto; display: block; border-radius: 4px }
-.bar { display: flex; gap: 2px; height: 14px; max-width: 720px; margin: 12px 0 4px; border-radius: 7px; overflow: hidden }
+.bar { display: flex; gap: 2px; height: 14px; max-width: 720px; margin: 12px 0 4px; border-radius: 7px;
+  overflow: hidden }
 .bar i { background: var(--role); flex-basis: 0 }
 details { border-top: 1px solid var(--line); padding: 12px 0 } summary { cursor: pointer; font-weight: 600 }
 .plain { font-size: 14px; margin-top: 8px } .plain th { color: var(--muted); padding-right: 20px; vertical-align: top }
@@ -489,20 +493,23 @@ def render(result: dict[str, Any], history: list[dict[str, Any]], kept: dict[str
     errors_of = ", ".join(f"{role} {result[role]['calibration_error']:.3f}" for role in roles)
     variables = ["".join(f"--{name}:{value};" for name, value in colours.items()) for colours in (LIGHT, DARK)]
     views = kept["views"].shape[1]
+    curves = "".join(f"<div><h3>{name}</h3>{plot(curve(trained, key, key == 'accuracy'), alt)}</div>"
+                     for name, key, alt in (
+                         ("Validation accuracy", "accuracy", f"Validation accuracy by epoch; best: {best}."),
+                         ("Validation loss, cross-entropy", "loss", "Cross-entropy on validation by epoch."),
+                         ("Training loss", "train_loss", "Training loss by epoch.")))
     sections = [
         ("Results", results_table(result) + chance(kept)),
         ("Curves",
-         "<p>By epoch. A star marks the weights that were kept: the best by validation accuracy. The student’s training "
-         "loss holds the teacher’s share, λT²·KL, and compares with no other.</p><div class=\"grid\">"
-         + "".join(f"<div><h3>{name}</h3>{plot(curve(trained, key, key == 'accuracy'), alt)}</div>" for name, key, alt in (
-             ("Validation accuracy", "accuracy", f"Validation accuracy by epoch; best: {best}."),
-             ("Validation loss, cross-entropy", "loss", "Cross-entropy on validation by epoch."),
-             ("Training loss", "train_loss", "Training loss by epoch."))) + "</div>"),
-        ("Confusion", "<p>Test images by true class (down) and predicted class (across), shaded by the share of the true "
-         "class.</p>" + confusion(result, classes)),
-        ("Calibration", f"<p>How often a model is right when it claims to be that sure; on the dotted line it would keep "
+         "<p>By epoch. A star marks the weights that were kept: the best by validation accuracy. The student’s "
+         "training loss holds the teacher’s share, λT²·KL, and compares with no other.</p>"
+         f'<div class="grid">{curves}</div>'),
+        ("Confusion", "<p>Test images by true class (down) and predicted class (across), shaded by the share of the "
+         "true class.</p>" + confusion(result, classes)),
+        ("Calibration", f"<p>How often a model is right when it claims to be that sure; on the dotted line it keeps "
          f"its word. A larger dot stands for more test images. Expected calibration error: {errors_of}.</p>"
-         + plot(reliability_plot(kept, roles), f"Reliability diagram; expected calibration error: {errors_of}.", 4.2, 3.4)),
+         + plot(reliability_plot(kept, roles), f"Reliability diagram; expected calibration error: {errors_of}.",
+                4.2, 3.4)),
         ("Where teacher and student fail", "<p>Test images with the true class and the probabilities, in percent, that "
          "each gives as it predicts (T = 1) and as it teaches or learns (T = "
          f"{temperature:g}).</p>" + errors(kept, temperature)),

@@ -12,7 +12,8 @@ from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-         "--disable-background-networking", "--disable-component-update", "--hide-scrollbars", "--remote-debugging-pipe")
+         "--disable-background-networking", "--disable-component-update", "--hide-scrollbars",
+         "--remote-debugging-pipe")
 
 
 def find() -> str | None:
@@ -32,7 +33,7 @@ class Browser:
         self.read, from_browser = os.pipe()
         # the pipe is descriptors 3 (commands) and 4 (answers) of the browser; a shell puts them there, moving our own
         # ends out of the way first
-        script = (f'exec 8<&{to_browser} 9>&{from_browser}; exec 3<&8 4>&9 8<&- 9>&-; exec "$0" "$@"')
+        script = f'exec 8<&{to_browser} 9>&{from_browser}; exec 3<&8 4>&9 8<&- 9>&-; exec "$0" "$@"'
         self.process = subprocess.Popen(["bash", "-c", script, self.path, *FLAGS,
                                          f"--user-data-dir={self.profile.name}", "about:blank"],
                                         pass_fds=(to_browser, from_browser), stdout=subprocess.DEVNULL,
