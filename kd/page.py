@@ -38,6 +38,7 @@ PAGE, PREDICTIONS = "report.html", "predictions.npz"
 SHOWN = 8        # pictures of each kind of error
 THUMBNAIL = 160  # pixels, the longest side of such a picture
 SHEET = 24       # views on the sheet
+BINS = 15        # of confidence: those of `calibration_error`
 TABLED = 12      # classes that a confusion matrix has as a table; more are a picture
 
 # one palette for the page and the plots; ochre, grey and teal stay apart for the colour-blind, in both themes
@@ -79,7 +80,8 @@ def view_sheet(read: Callable[[np.ndarray], np.ndarray], labels: np.ndarray, rou
     rounds: how many views of a sample the run uses. Returns uint8 `(S, V, size, size, 3)` and the labels `(S,)`.
     """
     shown = min(rounds, 6)
-    samples = np.unique(np.linspace(0, len(labels) - 1, min(SHEET // shown, len(labels))).astype(np.int64))
+    by_class = np.argsort(labels, kind="stable")  # evenly over that order, so that many classes are seen
+    samples = by_class[np.linspace(0, len(labels) - 1, min(SHEET // shown, len(labels))).astype(np.int64)]
     views = [load_views(read, len(labels), samples, seed=seed, view=view, size=size, spec=spec, device=device)
              for view in range(shown)]
     return torch.stack(views, 1).permute(0, 1, 3, 4, 2).cpu().numpy(), labels[samples]
@@ -161,8 +163,8 @@ def curve(history: list[dict[str, Any]], key: str, percent: bool = False) -> Cal
                       marker="." if len(entries) < 3 else None)
             if percent:
                 best = int(np.argmax(values))
-                axes.plot(epochs[best], values[best], "*", color=colours[role], markersize=10,
-                          markeredgecolor=colours["panel"], clip_on=False)
+                axes.plot(epochs[best], values[best], "*", color=colours[role], markersize=13, clip_on=False,
+                          markeredgecolor=colours["ground"], markeredgewidth=0.8, zorder=4)
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(6))
@@ -174,32 +176,30 @@ def curve(history: list[dict[str, Any]], key: str, percent: bool = False) -> Cal
     return draw
 
 
-def reliability(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> list[tuple[float, float, int]]:
-    """Mean confidence, accuracy and count of every bin that has samples: the bins of `calibration_error`."""
+def reliability(logits: np.ndarray, labels: np.ndarray, bins: int = BINS) -> list[tuple[float, float, int]]:
+    """Mean confidence, accuracy and count of every bin that has samples."""
     confidence, right = np.exp(log_softmax(logits).max(1)), logits.argmax(1) == labels
     place = np.minimum((confidence * bins).astype(int), bins - 1)
     return [(float(confidence[place == b].mean()), float(right[place == b].mean()), int((place == b).sum()))
             for b in range(bins) if (place == b).any()]
 
 
-def reliability_plot(kept: dict[str, np.ndarray], roles: list[str]) -> Callable[[Figure, dict[str, str]], None]:
+def reliability_plot(logits: np.ndarray, labels: np.ndarray, role: str) -> Callable[[Figure, dict[str, str]], None]:
+    """Above, the share that is right by confidence; below, how many samples that is."""
     def draw(figure: Figure, colours: dict[str, str]) -> None:
-        axes: Axes = figure.subplots()
-        low = 1.0
-        for role in roles:
-            x, y, count = map(np.array, zip(*reliability(kept[role], kept["labels"]), strict=True))
-            axes.plot(x, y, color=colours[role], linestyle=LINES[role], linewidth=1, alpha=0.6)
-            axes.scatter(x, y, s=6 + 240 * count / count.sum(), color=colours[role], label=role, alpha=0.85,
-                         edgecolor=colours["panel"], linewidth=0.6, zorder=3, clip_on=False)
-            low = min(low, x.min())
-        axes.plot([0, 1], [0, 1], color=colours["muted"], linestyle=":", linewidth=1)
-        axes.set(xlim=(max(0.0, low - 0.05), 1.0), ylim=(-0.02, 1.02), xlabel="confidence (the top probability)",
-                 ylabel="share that is right")
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(PercentFormatter(1, decimals=None))
-        legend = axes.legend(loc="lower right")
-        for handle in legend.legend_handles:
-            handle.set_sizes([36])  # type: ignore[union-attr]
+        above, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+        place, right, count = map(np.array, zip(*reliability(logits, labels), strict=True))
+        middle = (np.minimum((place * BINS).astype(int), BINS - 1) + 0.5) / BINS
+        # the fewer the samples, the fainter: their share could as well be another
+        faint = [float(0.25 + 0.75 * min(1.0, n / 10)) for n in count]
+        above.bar(middle, right, 0.9 / BINS, color=[(colours[role], alpha) for alpha in faint])
+        above.plot([0, 1], [0, 1], color=colours["muted"], linestyle=":", linewidth=1.2)
+        above.set(xlim=(0, 1), ylim=(0, 1.03), ylabel="share that is right")
+        below.bar(middle, count / count.sum(), 0.9 / BINS, color=colours["muted"])
+        below.set(xlabel="confidence (the top probability)", ylabel="samples")
+        below.yaxis.set_major_locator(MaxNLocator(2))
+        for axis in (above.yaxis, below.xaxis, below.yaxis):
+            axis.set_major_formatter(PercentFormatter(1, decimals=0))
     return draw
 
 
@@ -225,6 +225,11 @@ def photo(pixels: np.ndarray, alt: str, quality: int = 88) -> str:
             f'width="{pixels.shape[1]}" height="{pixels.shape[0]}">')
 
 
+def named(name: Any) -> str:
+    """A name from outside, escaped, which may be broken after an underscore."""
+    return escape(str(name)).replace("_", "_<wbr>")
+
+
 def percent(share: float, sign: str = "") -> str:
     return f"{100 * share:{sign}.1f}".replace("-", "−")
 
@@ -235,20 +240,20 @@ def tile(label: str, value: str, below: str, role: str = "") -> str:
 
 def tiles(result: dict[str, Any]) -> str:
     """The numbers that matter, large."""
-    shown = [tile(f"{role}, test accuracy", f"{percent(result[role]['test_accuracy'])}<small> %</small>",
-                  f"{result[role]['test_correct']} of {result[role]['test_total']}", role)
+    shown = [tile(role, f"{percent(result[role]['test_accuracy'])}<small> %</small>",
+                  f"{result[role]['test_correct']} of {result[role]['test_total']} on test", role)
              for role in ROLES if role in result]
     if "control" in result:
         gain = result["student"]["test_correct"] - result["control"]["test_correct"]
         points = result["student"]["test_accuracy"] - result["control"]["test_accuracy"]
-        shown.append(tile("what the teacher gave", f"{percent(points, '+')}<small> points</small>",
+        shown.append(tile("the teacher’s gift", f"{percent(points, '+')}<small> points</small>",
                           f"{gain:+d} of {result['student']['test_total']} images".replace("-", "−"), "gain"))
     return f'<dl class="tiles">{"".join(shown)}</dl>'
 
 
 def results_table(result: dict[str, Any]) -> str:
     rows = "".join(
-        f'<tr><th scope="row"><i class="dot {role}"></i>{role}<span>{escape(str(row["model"]))}</span></th>'
+        f'<tr><th scope="row"><i class="dot {role}"></i>{role}<span>{named(row["model"])}</span></th>'
         f'<td>{percent(row["test_accuracy"])} %<span>{row["test_correct"]}/{row["test_total"]}</span></td>'
         f'<td>{row["test_macro_f1"]:.3f}</td><td>{row["params"]:,}</td></tr>'
         for role, row in ((role, result[role]) for role in ROLES if role in result))
@@ -296,7 +301,7 @@ def confusion(result: dict[str, Any], classes: list[str]) -> str:
         else:
             head = "".join(f'<th scope="col" title="{escape(name)}">{i}</th>' for i, name in enumerate(classes, 1))
             rows = "".join(
-                f'<tr><th scope="row"><em>{i + 1}</em> {escape(name)}</th>' + "".join(
+                f'<tr><th scope="row"><em>{i + 1}</em> {named(name)}</th>' + "".join(
                     f'<td class="{"hit" if i == j else "miss" if count else "none"}" '
                     f'style="--share:{shares[i, j]:.3f}">{count}</td>' for j, count in enumerate(counts[i])) + "</tr>"
                 for i, name in enumerate(classes))
@@ -326,14 +331,14 @@ def error_card(kept: dict[str, np.ndarray], index: int, picture: np.ndarray, tem
         return f"<td{kind}>{100 * share:.0f}</td>"
 
     body = "".join(
-        f'<tr><th scope="row"{" class=true" if row == label else ""}>{escape(classes[row])}</th>' + "".join(
+        f'<tr><th scope="row"{' class="true"' if row == label else ""}>{named(classes[row])}</th>' + "".join(
             cell(picks[i // len(heads)], row, column[row]) for i, column in enumerate(columns)) + "</tr>" for row in rows)
     taken = " and ".join(f"the {role} for {classes[pick]}" for role, pick in zip(("teacher", "student"), picks))
     head = "".join(f'<th scope="col">T={t}</th>' for t in heads) * 2
     alt = f"{short(str(kept['names'][index]))}: {classes[label]}, taken by {taken}"
     return (f'<figure class="card" data-sample="{index}">{photo(picture, alt)}<figcaption>'
-            f'<b>{escape(classes[label])}</b><span>{escape(short(str(kept["names"][index])))}</span></figcaption>'
-            f'<table><thead><tr><td></td><th scope="colgroup" colspan="{len(heads)}">teacher</th>'
+            f'<b>{named(classes[label])}</b><span>{named(short(str(kept["names"][index])))}</span></figcaption>'
+            f'<table><thead><tr><td class="name"></td><th scope="colgroup" colspan="{len(heads)}">teacher</th>'
             f'<th scope="colgroup" colspan="{len(heads)}">student</th></tr><tr><th scope="col">%</th>{head}</tr>'
             f'</thead><tbody>{body}</tbody></table></figure>')
 
@@ -359,7 +364,7 @@ def sheet(kept: dict[str, np.ndarray], classes: list[str]) -> str:
     for sample, label in zip(views, kept["view_labels"].tolist(), strict=True):
         cells = "".join(photo(pixels, f"{classes[label]}, view {number} of a training sample", 90)
                         for number, pixels in enumerate(sample))
-        rows.append(f'<figure><div>{cells}</div><figcaption>{escape(classes[label])}</figcaption></figure>')
+        rows.append(f'<figure><div>{cells}</div><figcaption>{named(classes[label])}</figcaption></figure>')
     return f'<div class="sheet v{views.shape[1]}">{"".join(rows)}</div>'
 
 
@@ -393,7 +398,7 @@ def time_table(history: list[dict[str, Any]], total: float) -> str:
 
 def settings(result: dict[str, Any]) -> str:
     def pairs(values: dict[str, Any]) -> str:
-        return "".join(f'<tr><th scope="row">{escape(str(name))}</th><td>{escape(str(value))}</td></tr>'
+        return "".join(f'<tr><th scope="row">{escape(str(name))}</th><td>{named(value)}</td></tr>'
                        for name, value in values.items())
 
     return (f'<details><summary>Settings</summary><div class="wide"><table class="plain"><tbody>'
@@ -406,7 +411,7 @@ def settings(result: dict[str, Any]) -> str:
 CSS = """
 * { box-sizing: border-box }
 html { -webkit-text-size-adjust: 100%; color-scheme: light dark }
-body { margin: 0; background: var(--ground); color: var(--ink); overflow-wrap: anywhere;
+body { margin: 0; background: var(--ground); color: var(--ink); overflow-wrap: break-word;
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; font-variant-numeric: tabular-nums }
 main { max-width: 1120px; margin: 0 auto; padding: 28px 16px 64px }
 header p { margin: 0; color: var(--muted) }
@@ -431,12 +436,13 @@ small { font-size: .5em; font-weight: 500; letter-spacing: 0 }
 .dot { display: inline-block; width: 9px; height: 9px; border-radius: 50%; background: var(--role); margin-right: 8px }
 .wide { overflow-x: auto }
 table { border-collapse: collapse; font-size: 15px }
-th { font-weight: 500; text-align: left } td { text-align: right }
+th { font-weight: 500; text-align: left } td { text-align: right; white-space: nowrap }
 #results, #time { width: 100%; max-width: 720px }
 #results th, #results td, #time th, #time td { padding: 9px 0 9px 14px; border-bottom: 1px solid var(--line);
   vertical-align: top }
 #results th:first-child, #time th:first-child { padding-left: 0 }
 #results thead th { color: var(--muted); font-size: 13px; text-align: right; vertical-align: bottom }
+@media (max-width: 480px) { #results, #time { font-size: 14px } #results th, #results td { padding-left: 10px } }
 #results thead th:first-child { text-align: left }
 #results span { display: block; color: var(--muted); font-size: 13px; font-weight: 400 }
 #results tbody th span { padding-left: 17px } .sum th, .sum td { font-weight: 650; border-bottom: 0 !important }
@@ -457,13 +463,14 @@ picture img { display: block; width: 100%; max-width: 430px; height: auto }
 ul { padding-left: 20px; font-size: 14px }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(340px, 100%), 1fr)); gap: 12px }
 .card { margin: 0; background: var(--panel); border: 1px solid var(--line); border-radius: 10px; padding: 12px;
-  display: grid; grid-template-columns: 104px minmax(0, 1fr); gap: 2px 14px; align-content: start; align-items: start }
-.card img { width: 104px; height: auto; border-radius: 6px; grid-row: 1 / 3; display: block }
+  display: grid; grid-template-columns: 96px minmax(0, 1fr); gap: 2px 12px; align-content: start; align-items: start }
+.card img { width: 96px; height: auto; border-radius: 6px; grid-row: 1 / 3; display: block }
 .card figcaption { line-height: 1.3 } .card figcaption span { display: block; font-size: 12px }
-.card table { font-size: 12.5px; width: 100%; line-height: 1.35 }
+.card table { font-size: 12.5px; width: 100%; line-height: 1.35; table-layout: fixed }
+.card th:not([colspan]):not(:first-child) { width: 29px; white-space: nowrap } .card .name { width: auto }
 .card td, .card th { padding: 1.5px 0 1.5px 5px; font-weight: 400 } .card th:first-child { padding-left: 0 }
 .card thead th { color: var(--muted); text-align: right; font-size: 11.5px }
-.card thead tr + tr th:first-child { text-align: left } .card .true { font-weight: 650 }
+.card thead tr + tr th:first-child { text-align: left } .card [colspan] { width: 58px } .card .true { font-weight: 650 }
 .card .right, .card .wrong { font-weight: 700; border-radius: 3px }
 .card .right { color: var(--student) } .card .wrong { color: var(--wrong) }
 .sheet { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(480px, 100%), 1fr)); gap: 14px 28px }
@@ -476,7 +483,7 @@ ul { padding-left: 20px; font-size: 14px }
 .bar i { background: var(--role); flex-basis: 0 }
 details { border-top: 1px solid var(--line); padding: 12px 0 } summary { cursor: pointer; font-weight: 600 }
 .plain { font-size: 14px; margin-top: 8px } .plain th { color: var(--muted); padding-right: 20px; vertical-align: top }
-.plain td { text-align: left }
+.plain td { text-align: left; white-space: normal }
 """
 
 
@@ -490,7 +497,11 @@ def render(result: dict[str, Any], history: list[dict[str, Any]], kept: dict[str
                f"λ = {config['kd_weight']:g}, seed {config['seed']}")
     trained = [entry for entry in history if entry["role"] in roles]
     best = ", ".join(f"{role} {percent(result[role]['validation_accuracy'])} %" for role in roles)
-    errors_of = ", ".join(f"{role} {result[role]['calibration_error']:.3f}" for role in roles)
+    calibration = ""
+    for role in roles:
+        error = f"expected calibration error {result[role]['calibration_error']:.3f}"
+        drawn = plot(reliability_plot(kept[role], kept["labels"], role), f"Reliability of the {role}: {error}.", 3.9, 3.4)
+        calibration += f'<div><h3><i class="dot {role}"></i>{role}, {error}</h3>{drawn}</div>'
     variables = ["".join(f"--{name}:{value};" for name, value in colours.items()) for colours in (LIGHT, DARK)]
     views = kept["views"].shape[1]
     curves = "".join(f"<div><h3>{name}</h3>{plot(curve(trained, key, key == 'accuracy'), alt)}</div>"
@@ -507,9 +518,7 @@ def render(result: dict[str, Any], history: list[dict[str, Any]], kept: dict[str
         ("Confusion", "<p>Test images by true class (down) and predicted class (across), shaded by the share of the "
          "true class.</p>" + confusion(result, classes)),
         ("Calibration", f"<p>How often a model is right when it claims to be that sure; on the dotted line it keeps "
-         f"its word. A larger dot stands for more test images. Expected calibration error: {errors_of}.</p>"
-         + plot(reliability_plot(kept, roles), f"Reliability diagram; expected calibration error: {errors_of}.",
-                4.2, 3.4)),
+         f'its word. Bars of fewer than ten test images are fainter.</p><div class="grid">{calibration}</div>'),
         ("Where teacher and student fail", "<p>Test images with the true class and the probabilities, in percent, that "
          "each gives as it predicts (T = 1) and as it teaches or learns (T = "
          f"{temperature:g}).</p>" + errors(kept, temperature)),
@@ -536,7 +545,7 @@ def render(result: dict[str, Any], history: list[dict[str, Any]], kept: dict[str
 </head>
 <body>
 <main>
-<header><p class="eyebrow">Knowledge distillation</p><h1>{escape(title)}</h1><p>{escape(setting)}</p></header>
+<header><p class="eyebrow">Knowledge distillation</p><h1>{named(title)}</h1><p>{escape(setting)}</p></header>
 {tiles(result)}
 {body}</main>
 </body>
