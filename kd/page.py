@@ -133,7 +133,8 @@ def plot(draw: Callable[[Figure, dict[str, str]], None], alt: str, width: float 
         style = {"text.color": colours["ink"], "axes.edgecolor": colours["line"], "axes.labelcolor": colours["muted"],
                  "xtick.color": colours["line"], "xtick.labelcolor": colours["muted"], "ytick.color": colours["line"],
                  "ytick.labelcolor": colours["muted"], "axes.facecolor": "none",
-                 "grid.color": colours["line"], "axes.grid": True, "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False,
+                 "grid.color": colours["line"], "axes.grid": True, "axes.axisbelow": True, "axes.spines.top": False,
+                 "axes.spines.right": False,
                  "font.size": 9, "axes.labelsize": 9, "legend.frameon": False, "legend.fontsize": 8.5,
                  "lines.linewidth": 1.8, "grid.linewidth": 0.7, "text.parse_math": False,
                  "svg.fonttype": "none", "svg.hashsalt": "kd"}  # text stays text; the same run gives the same bytes
@@ -331,7 +332,7 @@ def error_card(kept: dict[str, np.ndarray], index: int, picture: np.ndarray, tem
         return f"<td{kind}>{100 * share:.0f}</td>"
 
     body = "".join(
-        f'<tr><th scope="row"{' class="true"' if row == label else ""}>{named(classes[row])}</th>' + "".join(
+        f'<tr><th scope="row" class="{"true" if row == label else "other"}">{named(classes[row])}</th>' + "".join(
             cell(picks[i // len(heads)], row, column[row]) for i, column in enumerate(columns)) + "</tr>" for row in rows)
     taken = " and ".join(f"the {role} for {classes[pick]}" for role, pick in zip(("teacher", "student"), picks))
     head = "".join(f'<th scope="col">T={t}</th>' for t in heads) * 2

@@ -9,6 +9,7 @@ import sys
 import zipfile
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -226,7 +227,8 @@ def test_many_classes_are_a_picture_and_no_control_is_said(tmp_path):
 
 def test_the_sheet_has_the_very_views_of_training():
     frames = np.random.default_rng(0).integers(0, 255, (9, 40, 40, 3), np.uint8)
-    labels, setting = np.arange(9) % 3, dict(seed=3, size=32, spec=SPECS["crop"], device=torch.device("cpu"))
+    labels = np.arange(9) % 3
+    setting: dict[str, Any] = dict(seed=3, size=32, spec=SPECS["crop"], device=torch.device("cpu"))
     views, shown = page.view_sheet(lambda numbers: frames[numbers], labels, 2, **setting)
     assert views.shape == (9, 2, 32, 32, 3) and shown.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     for view in range(2):

@@ -25,8 +25,8 @@ def result(seed: int, student: int, control: int | None, teacher: int = 9, **set
                 "test_macro_f1": correct / 10}
 
     made = {"teacher": row(teacher), "student": row(student), "images_per_second": 10.0 + seed, "seconds": 60.0,
-            "config": {"seed": seed, "out": f"runs/{seed}", "kd_weight": 0.5, **settings}, "environment": {"torch": "1"},
-            "commit": "c"}
+            "config": {"seed": seed, "out": f"runs/{seed}", "kd_weight": 0.5, **settings},
+            "environment": {"torch": "1"}, "commit": "c"}
     return made if control is None else {**made, "control": row(control)}
 
 
@@ -85,11 +85,11 @@ def test_a_terminal_sees_bars_of_every_part_and_a_file_none(tiny):
     except OSError:  # Linux says so when the last writer has gone
         pass
     assert process.stdout is not None
-    said, bars = process.stdout.read().decode(), shown.decode()
+    said, bars = str(process.stdout.read(), "utf-8"), str(shown, "utf-8")
     assert process.wait() == 0
     for label in ("decoding", "teacher 1/1", "teacher validation", "teacher test", "student 2/2", "student validation",
                   "student test"):
-        assert f"{label}" in bars, label
+        assert label in bars
     assert "img/s" in bars and "%|" in bars and "?img/s" in bars  # rate and time left, unknown at the start
     assert "%|" not in said and "\x1b" not in said and "  *" in said  # stdout is no terminal: no bar and no colour
     first = next(line for line in said.splitlines() if line.startswith("cpu ("))
