@@ -101,7 +101,7 @@ def around(values: dict[str, Any], sign: str = "") -> str:
     """`62.3 ± 1.4` from shares, as percent; the mean alone for one value, a dash for none."""
     if values["mean"] is None:
         return "-"
-    mean = f"{100 * values['mean']:{sign}.1f}"
+    mean = f"{round(100 * values['mean'], 1) + 0.0:{sign}.1f}"  # adding zero makes -0.0 positive
     return mean if values["sd"] is None else f"{mean} ± {100 * values['sd']:.1f}"
 
 

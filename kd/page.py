@@ -18,7 +18,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
-import matplotlib
+import matplotlib.style
 import numpy as np
 import torch
 from matplotlib.axes import Axes
@@ -138,7 +138,7 @@ def plot(draw: Callable[[Figure, dict[str, str]], None], alt: str, width: float 
                  "font.size": 9, "axes.labelsize": 9, "legend.frameon": False, "legend.fontsize": 8.5,
                  "lines.linewidth": 1.8, "grid.linewidth": 0.7, "text.parse_math": False,
                  "svg.fonttype": "none", "svg.hashsalt": "kd"}  # text stays text; the same run gives the same bytes
-        with matplotlib.rc_context(style):  # type: ignore[arg-type]
+        with matplotlib.style.context(["default", style]):  # whatever the user's matplotlibrc says
             figure, buffer = Figure(figsize=(width, height), layout="constrained"), io.StringIO()
             draw(figure, colours)
             figure.savefig(buffer, format="svg", transparent=True,
@@ -194,7 +194,7 @@ def reliability_plot(logits: np.ndarray, labels: np.ndarray, role: str) -> Calla
         # the fewer the samples, the fainter: their share could as well be another
         faint = [float(0.25 + 0.75 * min(1.0, n / 10)) for n in count]
         above.bar(middle, right, 0.9 / BINS, color=[(colours[role], alpha) for alpha in faint])
-        above.plot([0, 1], [0, 1], color=colours["muted"], linestyle=":", linewidth=1.2)
+        above.plot([0, 1], [0, 1], color=colours["ink"], linestyle=":", linewidth=1.4, zorder=3)
         above.set(xlim=(0, 1), ylim=(0, 1.03), ylabel="share that is right")
         below.bar(middle, count / count.sum(), 0.9 / BINS, color=colours["muted"])
         below.set(xlabel="confidence (the top probability)", ylabel="samples")
@@ -231,8 +231,13 @@ def named(name: Any) -> str:
     return escape(str(name)).replace("_", "_<wbr>")
 
 
+def minus(number: str) -> str:
+    """With the sign that is as wide as a plus."""
+    return number.replace("-", "−")
+
+
 def percent(share: float, sign: str = "") -> str:
-    return f"{100 * share:{sign}.1f}".replace("-", "−")
+    return minus(f"{round(100 * share, 1) + 0.0:{sign}.1f}")  # adding zero makes -0.0 positive
 
 
 def tile(label: str, value: str, below: str, role: str = "") -> str:
@@ -248,7 +253,7 @@ def tiles(result: dict[str, Any]) -> str:
         gain = result["student"]["test_correct"] - result["control"]["test_correct"]
         points = result["student"]["test_accuracy"] - result["control"]["test_accuracy"]
         shown.append(tile("the teacher’s gift", f"{percent(points, '+')}<small> points</small>",
-                          f"{gain:+d} of {result['student']['test_total']} images".replace("-", "−"), "gain"))
+                          minus(f"{gain:+d} of {result['student']['test_total']} images"), "gain"))
     return f'<dl class="tiles">{"".join(shown)}</dl>'
 
 
@@ -262,8 +267,9 @@ def results_table(result: dict[str, Any]) -> str:
         student, control = result["student"], result["control"]
         rows += (f'<tr class="sum"><th scope="row">student − control</th>'
                  f'<td>{percent(student["test_accuracy"] - control["test_accuracy"], "+")} points'
-                 f'<span>{student["test_correct"] - control["test_correct"]:+d} images</span></td>'
-                 f'<td>{student["test_macro_f1"] - control["test_macro_f1"]:+.3f}</td><td></td></tr>')
+                 f'<span>{minus(format(student["test_correct"] - control["test_correct"], "+d"))} images</span></td>'
+                 f'<td>{minus(format(student["test_macro_f1"] - control["test_macro_f1"], "+.3f"))}</td>'
+                 f'<td></td></tr>')
     return ('<div class="wide"><table id="results"><thead><tr><th scope="col">model</th><th scope="col">test accuracy'
             '</th><th scope="col">macro-F1</th><th scope="col">parameters</th></tr></thead>'
             f'<tbody>{rows}</tbody></table></div>')
@@ -333,7 +339,8 @@ def error_card(kept: dict[str, np.ndarray], index: int, picture: np.ndarray, tem
 
     body = "".join(
         f'<tr><th scope="row" class="{"true" if row == label else "other"}">{named(classes[row])}</th>' + "".join(
-            cell(picks[i // len(heads)], row, column[row]) for i, column in enumerate(columns)) + "</tr>" for row in rows)
+            cell(picks[i // len(heads)], row, column[row]) for i, column in enumerate(columns)) + "</tr>"
+        for row in rows)
     taken = " and ".join(f"the {role} for {classes[pick]}" for role, pick in zip(("teacher", "student"), picks))
     head = "".join(f'<th scope="col">T={t}</th>' for t in heads) * 2
     alt = f"{short(str(kept['names'][index]))}: {classes[label]}, taken by {taken}"
@@ -442,8 +449,10 @@ th { font-weight: 500; text-align: left } td { text-align: right; white-space: n
 #results th, #results td, #time th, #time td { padding: 9px 0 9px 14px; border-bottom: 1px solid var(--line);
   vertical-align: top }
 #results th:first-child, #time th:first-child { padding-left: 0 }
-#results thead th { color: var(--muted); font-size: 13px; text-align: right; vertical-align: bottom }
-@media (max-width: 480px) { #results, #time { font-size: 14px } #results th, #results td { padding-left: 10px } }
+#results thead th { color: var(--muted); font-size: 13px; text-align: right; vertical-align: bottom;
+  white-space: nowrap }
+@media (max-width: 480px) { #results, #time { font-size: 14px } #results th, #results td { padding-left: 9px }
+  #results thead th { font-size: 12px } }
 #results thead th:first-child { text-align: left }
 #results span { display: block; color: var(--muted); font-size: 13px; font-weight: 400 }
 #results tbody th span { padding-left: 17px } .sum th, .sum td { font-weight: 650; border-bottom: 0 !important }
@@ -468,10 +477,10 @@ ul { padding-left: 20px; font-size: 14px }
 .card img { width: 96px; height: auto; border-radius: 6px; grid-row: 1 / 3; display: block }
 .card figcaption { line-height: 1.3 } .card figcaption span { display: block; font-size: 12px }
 .card table { font-size: 12.5px; width: 100%; line-height: 1.35; table-layout: fixed }
-.card th:not([colspan]):not(:first-child) { width: 29px; white-space: nowrap } .card .name { width: auto }
+.card th:not([colspan]):not(:first-child) { width: 32px; white-space: nowrap } .card .name { width: auto }
 .card td, .card th { padding: 1.5px 0 1.5px 5px; font-weight: 400 } .card th:first-child { padding-left: 0 }
 .card thead th { color: var(--muted); text-align: right; font-size: 11.5px }
-.card thead tr + tr th:first-child { text-align: left } .card [colspan] { width: 58px } .card .true { font-weight: 650 }
+.card thead tr + tr th:first-child { text-align: left } .card [colspan] { width: 64px } .card .true { font-weight: 650 }
 .card .right, .card .wrong { font-weight: 700; border-radius: 3px }
 .card .right { color: var(--student) } .card .wrong { color: var(--wrong) }
 .sheet { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(480px, 100%), 1fr)); gap: 14px 28px }
@@ -500,8 +509,9 @@ def render(result: dict[str, Any], history: list[dict[str, Any]], kept: dict[str
     best = ", ".join(f"{role} {percent(result[role]['validation_accuracy'])} %" for role in roles)
     calibration = ""
     for role in roles:
-        error = f"expected calibration error {result[role]['calibration_error']:.3f}"
-        drawn = plot(reliability_plot(kept[role], kept["labels"], role), f"Reliability of the {role}: {error}.", 3.9, 3.4)
+        error = f"ECE {result[role]['calibration_error']:.3f}"
+        drawn = plot(reliability_plot(kept[role], kept["labels"], role), f"Reliability of the {role}: {error}.", 3.9,
+                     3.4)
         calibration += f'<div><h3><i class="dot {role}"></i>{role}, {error}</h3>{drawn}</div>'
     variables = ["".join(f"--{name}:{value};" for name, value in colours.items()) for colours in (LIGHT, DARK)]
     views = kept["views"].shape[1]
@@ -519,7 +529,8 @@ def render(result: dict[str, Any], history: list[dict[str, Any]], kept: dict[str
         ("Confusion", "<p>Test images by true class (down) and predicted class (across), shaded by the share of the "
          "true class.</p>" + confusion(result, classes)),
         ("Calibration", f"<p>How often a model is right when it claims to be that sure; on the dotted line it keeps "
-         f'its word. Bars of fewer than ten test images are fainter.</p><div class="grid">{calibration}</div>'),
+         f'its word. ECE is the mean distance from it, the expected calibration error. Bars of fewer than ten test '
+         f'images are fainter.</p><div class="grid">{calibration}</div>'),
         ("Where teacher and student fail", "<p>Test images with the true class and the probabilities, in percent, that "
          "each gives as it predicts (T = 1) and as it teaches or learns (T = "
          f"{temperature:g}).</p>" + errors(kept, temperature)),

@@ -30,8 +30,11 @@ def paint(text: str, colour: str) -> str:
 
 def progress(total: int, label: str, unit: str = "img", initial: int = 0) -> tqdm:
     """A bar with rate and time left on stderr; silent when that is not a terminal, gone when it is closed."""
-    return tqdm(total=total, initial=initial, desc=label, unit=unit, leave=False, dynamic_ncols=True,
-                smoothing=0.1, disable=not sys.stderr.isatty())
+    terminal = sys.stderr.isatty()
+    # a terminal that does not know its width (of `docker exec -t`, of CI) says 0, and tqdm would draw nothing
+    width = os.get_terminal_size(sys.stderr.fileno()).columns if terminal else 0
+    return tqdm(total=total, initial=initial, desc=label, unit=unit, leave=False, dynamic_ncols=width > 0,
+                ncols=None if width else 80, smoothing=0.1, disable=not terminal)
 
 
 class Records:

@@ -7,7 +7,7 @@ ROOT = Path(__file__).parent.parent
 STANDS_ON = {
     "bench": None,  # times anything, train.py's step included
     "fused_triton": set(), "fused_cpu": set(),
-    "data": {"samples", "hub"}, "samples": {"leaves"}, "images": {"pictures"},
+    "data": {"samples", "hub"}, "samples": {"leaves"}, "images": {"pictures", "report"},
     "losses": {"fused_cpu", "fused_triton"},
     "models": {"hub"},
     "batches": {"models", "augment", "images", "logits", "runtime"},

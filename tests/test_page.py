@@ -153,7 +153,7 @@ def test_the_table_is_the_result(run, parsed):
                      f"{row['test_macro_f1']:.3f}", f"{row['params']:,}"]
                     for role, row in ((role, result[role]) for role in ("teacher", "control", "student"))]
     gain = result["student"]["test_correct"] - result["control"]["test_correct"]
-    assert last[1] == f"{100 * gain / 60:+.1f} points {gain:+d} images"
+    assert last[1] == f"{100 * gain / 60:+.1f} points {gain:+d} images".replace("-", "−")
     for table, role in zip(parsed.tables[1:4], ("teacher", "control", "student"), strict=True):
         assert [[int(cell) for cell in line[1:]] for line in table[1:]] == result[role]["confusion"]
 
@@ -192,6 +192,15 @@ def test_the_errors_are_those_of_the_logits(run, text, parsed):
         probabilities = [torch.softmax(torch.from_numpy(logits[first]) / t, 0)[names.index(line[0])].item()
                          for logits in (teacher, student) for t in (1, 4)]
         assert line[1:] == [f"{100 * p:.0f}" for p in probabilities]
+
+
+def test_a_run_without_errors_shows_none(run, tmp_path):
+    kept = page.read_predictions(run / "predictions.npz")
+    perfect = {role: np.eye(3, dtype=np.float32)[kept["labels"]] for role in ("teacher", "student")}
+    page.keep(tmp_path, perfect, kept["labels"], tuple(kept["classes"]), str,
+              lambda numbers: np.zeros((len(numbers), 46, 46, 3), np.uint8), 40, kept["views"], kept["view_labels"])
+    parsed = Parsed(page.errors(page.read_predictions(tmp_path / "predictions.npz"), 4.0))
+    assert parsed.headings[-1] == "Both are wrong: 0 of 60" and not parsed.tables
 
 
 def test_the_bins_of_the_diagram_are_those_of_the_calibration_error(run):
