@@ -319,7 +319,7 @@ def confusion(result: dict[str, Any], classes: list[str]) -> str:
 
 
 def short(name: str) -> str:
-    """The end of a path is enough to find a picture, and says nothing of the machine."""
+    """The end of a path is enough to know it by, and says nothing of the machine; result.json has the whole."""
     return "/".join(Path(name).parts[-2:]) if "/" in name else name
 
 
@@ -406,7 +406,7 @@ def time_table(history: list[dict[str, Any]], total: float) -> str:
 
 def settings(result: dict[str, Any]) -> str:
     def pairs(values: dict[str, Any]) -> str:
-        return "".join(f'<tr><th scope="row">{escape(str(name))}</th><td>{named(value)}</td></tr>'
+        return "".join(f'<tr><th scope="row">{escape(str(name))}</th><td>{named(short(str(value)))}</td></tr>'
                        for name, value in values.items())
 
     return (f'<details><summary>Settings</summary><div class="wide"><table class="plain"><tbody>'
@@ -503,7 +503,7 @@ def render(result: dict[str, Any], history: list[dict[str, Any]], kept: dict[str
     roles = [role for role in ROLES if role in kept and role in result]
     temperature, student = float(config["temperature"]), result["student"]["model"]
     title = f"{student} learns from {result['teacher']['model']}"
-    setting = (f"{config['dataset']}, {config['size']} px, {config['epochs']} epochs, T = {temperature:g}, "
+    setting = (f"{short(str(config['dataset']))}, {config['size']} px, {config['epochs']} epochs, T = {temperature:g}, "
                f"λ = {config['kd_weight']:g}, seed {config['seed']}")
     trained = [entry for entry in history if entry["role"] in roles]
     best = ", ".join(f"{role} {percent(result[role]['validation_accuracy'])} %" for role in roles)

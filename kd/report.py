@@ -31,10 +31,10 @@ def paint(text: str, colour: str) -> str:
 def progress(total: int, label: str, unit: str = "img", initial: int = 0) -> tqdm:
     """A bar with rate and time left on stderr; silent when that is not a terminal, gone when it is closed."""
     terminal = sys.stderr.isatty()
-    # a terminal that does not know its width (of `docker exec -t`, of CI) says 0, and tqdm would draw nothing
-    width = os.get_terminal_size(sys.stderr.fileno()).columns if terminal else 0
-    return tqdm(total=total, initial=initial, desc=label, unit=unit, leave=False, dynamic_ncols=width > 0,
-                ncols=None if width else 80, smoothing=0.1, disable=not terminal)
+    # a terminal that does not know its size (of `docker exec -t`, of CI) says 0 × 0, on which tqdm draws nothing
+    sized = terminal and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    return tqdm(total=total, initial=initial, desc=label, unit=unit, leave=False, dynamic_ncols=sized,
+                ncols=None if sized else 80, nrows=None if sized else 24, smoothing=0.1, disable=not terminal)
 
 
 class Records:

@@ -90,7 +90,7 @@ def test_a_terminal_sees_bars_of_every_part_and_a_file_none(tiny):
     for label in ("decoding", "teacher 1/1", "teacher validation", "teacher test", "student 2/2", "student validation",
                   "student test"):
         assert label in bars
-    assert "img/s" in bars and "%|" in bars  # rate and time left, though this terminal has no width
+    assert "img/s" in bars and "%|" in bars  # rate and time left, though this terminal has no size
     assert "%|" not in said and "\x1b" not in said and "  *" in said  # stdout is no terminal: no bar and no colour
     first = next(line for line in said.splitlines() if line.startswith("cpu ("))
     for fact in ("threads), fp32", "42 + 12 + 12 pictures", "3 classes, 32 px", "teacher test_resnet (",
