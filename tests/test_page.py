@@ -83,8 +83,8 @@ def make_run(out: Path, classes: tuple[str, ...], count: int = 60, control: bool
     result = {role: {"model": f"{role}_net", "params": 1234567, "validation_accuracy": 0.8}
               | {("test_" if key in ("accuracy", "macro_f1", "correct", "total") else "") + key: value
                  for key, value in scores(logits[role], labels).items()} for role in roles}
-    config = {"dataset": f"/home/somebody/data/my {HOSTILE}", "size": 40, "epochs": 3, "temperature": 4.0, "kd_weight": 0.5,
-              "seed": 0, "augment": "crop"}
+    config = {"dataset": f"/home/somebody/data/my {HOSTILE}", "size": 40, "epochs": 3, "temperature": 4.0,
+              "kd_weight": 0.5, "seed": 0, "augment": "crop"}
     out.mkdir()
     (out / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in history))
     (out / "result.json").write_text(json.dumps({**result, "config": config, "seconds": 200.0,
