@@ -59,6 +59,7 @@ class Config:
     compile: str = flag("auto", "torch.compile the student (auto: on CUDA)", ("auto", "on", "off"))
     device: str = flag("auto", "where to compute", ("auto", "cpu", "cuda"))
     save_minutes: float = flag(10.0, "a checkpoint at least this often, besides one an epoch", low=0)
+    quiet: bool = flag(False, "print nothing but the closing line of JSON, and errors")
     push_to_hub: str = flag("", "upload the student's folder to this Hub repository at the end")
 
 
@@ -72,7 +73,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 # what may differ between a run and its continuation; any other change would make it another run
-FREE_ON_RESUME = {"out", "resume", "overwrite", "cache_dir", "save_minutes", "push_to_hub", "device"}
+FREE_ON_RESUME = {"out", "resume", "overwrite", "cache_dir", "save_minutes", "push_to_hub", "device", "quiet"}
 
 if __name__ == "__main__":  # --help and mistyped flags answer here, before the seconds that torch takes to load
     try:
@@ -84,7 +85,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kd import checkpoint, fast_cpu, frozen, health, hub, losses, models, report, runtime
+from kd import checkpoint, fast_cpu, frozen, health, hub, losses, models, page, report, runtime
 from kd.augment import SPECS, Spec, epoch_batches
 from kd.batches import Teacher, ask_teacher, load_batches
 from kd.data import open_dataset
@@ -200,7 +201,7 @@ def fit(role: str, model: nn.Module, prep: models.Preprocessing, data: Data, cfg
         result = scores(logits, validation.labels)
         entry = {"role": role, "epoch": epoch + 1, "time": time.time(), "train_loss": train_loss,
                  **{key: result[key] for key in ("accuracy", "macro_f1", "loss", "calibration_error", "correct")},
-                 "lr": lr, "images_per_second": samples / seconds, "seconds": seconds,
+                 "lr": lr, "images_per_second": samples / seconds, "seconds": seconds, "elapsed": records.seconds(),
                  "teacher_batches": teacher.store.teacher_batches if teacher else 0}
         improved = result["accuracy"] > at["best"]
         if improved:
@@ -230,7 +231,7 @@ def main(cfg: Config) -> dict[str, Any]:
     out, state = checkpoint.open_run(Path(cfg.out or f"runs/{cfg.recipe}"), dataclasses.asdict(cfg), FREE_ON_RESUME,
                                      cfg.resume, cfg.overwrite)
     state = state or {"history": [], "done": [], "seconds": 0.0}
-    if (out / "result.json").exists():
+    if (out / "result.json").exists() and ((out / page.PAGE).exists() or not state["done"]):
         print(f"{out} is finished: nothing to do")
         return json.loads((out / "result.json").read_text())
     stop = runtime.Stop()
@@ -328,11 +329,13 @@ def main(cfg: Config) -> dict[str, Any]:
                        **contestants}
     rows = {"teacher": report.test_row(cfg.teacher, models.parameters(teacher_model), on_test,
                                        on_validation["accuracy"])}
+    test_logits = {"teacher": teacher_test_logits}
     for role, (model, kd_weight, by) in contestants.items():
         trained(role, model, cfg, prep, data, cfg.epochs, cfg.lr, kd_weight, by)
 
         # 6 the best-by-validation weights, once, on test
-        logits = predict(model, data.test.frames.read, len(data.test), prep, cfg.size, run, f"{role} test", stop.heed)
+        test_logits[role] = logits = predict(model, data.test.frames.read, len(data.test), prep, cfg.size, run,
+                                             f"{role} test", stop.heed)
         best = max(entry["accuracy"] for entry in state["history"] if entry["role"] == role)
         on_test = scores(logits, data.test.labels, teacher_test_logits)
         rows[role] = report.test_row(cfg.student, models.parameters(model), on_test, best)
@@ -349,7 +352,15 @@ def main(cfg: Config) -> dict[str, Any]:
     for role, row in rows.items():
         if (out / role).exists():
             checkpoint.write_atomic(out / role / "README.md", model_card(cfg, role, row).encode())
+    if (out / "result.json").exists():  # the run had ended, but for its page
+        result = json.loads((out / "result.json").read_text())
     checkpoint.write_atomic(out / "result.json", json.dumps(result, indent=2).encode())
+    # after result.json, which a fault in drawing must not cost; --resume comes back here until the page stands
+    sheet = page.view_sheet(data.train.frames.read, data.train.labels, rounds, seed=cfg.seed, size=cfg.size,
+                            spec=SPECS[cfg.augment], device=run.device)
+    page.keep(out, test_logits, data.test.labels, data.classes, dataset.splits["test"].where, data.test.frames.read,
+              cfg.size, *sheet)
+    print(f"report: {page.write(out)}")
     if cfg.push_to_hub:
         print(hub.push_folder(str(out / "student"), cfg.push_to_hub, "kd: the best student by validation accuracy"))
     return result

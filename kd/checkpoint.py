@@ -21,7 +21,8 @@ from kd import BadInput, TrainingFault
 MAGIC = b"kd-ckpt1"
 # what a run leaves behind, and --overwrite removes: never a whole folder, in case it is not one of ours
 RUN_FOLDERS = ("student", "teacher", "control", "tensorboard")
-RUN_FILES = ("last.ckpt", "last.ckpt.previous", "metrics.jsonl", "result.json")
+RUN_FILES = ("last.ckpt", "last.ckpt.previous", "metrics.jsonl", "result.json", "predictions.npz",
+             "report.html")
 
 
 def write_atomic(path: Path, content: bytes, keep_previous: bool = False) -> None:

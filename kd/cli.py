@@ -4,10 +4,12 @@ Nothing heavy is imported here, so that `--help` and a mistyped flag answer befo
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import json
 import math
+import os
 import sys
 from typing import Any, Callable, NoReturn
 
@@ -102,9 +104,18 @@ def fail(message: object, status: int, program: str = "train.py") -> NoReturn:
 
 
 def run(main: Callable[[Any], Any], config: Any) -> None:
-    """Print what `main(config)` returns as one line of JSON; what a user can mend becomes one line and a status."""
+    """Print what `main(config)` returns as one line of JSON; what a user can mend becomes one line and a status.
+
+    With `config.quiet` that line is all: what `main` prints, bars and warnings included, goes nowhere.
+    """
     try:
-        print(json.dumps(main(config)))
+        with contextlib.ExitStack() as hushed:
+            if config.quiet:
+                nowhere = hushed.enter_context(open(os.devnull, "w"))
+                hushed.enter_context(contextlib.redirect_stdout(nowhere))
+                hushed.enter_context(contextlib.redirect_stderr(nowhere))
+            result = main(config)
+        print(json.dumps(result))
     except Exception as error:
         status = getattr(error, "status", None)  # that of BadInput, TrainingFault and Stopped
         if status is None and not _out_of_memory(error):

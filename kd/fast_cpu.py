@@ -10,6 +10,7 @@ import functools
 import hashlib
 import logging
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -43,6 +44,8 @@ def _ops():
     library = Path(root) / "kd_fast_cpu" / f"{key}.so"
     if not library.exists():                        # built aside, then renamed: a killed build leaves no lock behind
         library.parent.mkdir(parents=True, exist_ok=True)
+        if sys.stderr.isatty():  # the only long wait without a bar
+            print("building kd/fast_cpu.cpp, this once: about half a minute", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as build:
             cpp_extension.load("kd_fast_cpu", [str(source)], extra_cflags=flags, build_directory=build,
                                is_python_module=False)

@@ -28,9 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from kd import BadInput, TrainingFault
+from kd import BadInput, TrainingFault, report
 from kd.pictures import INTERPOLATIONS, Recipe
 
 TAIL = struct.Struct("<8sQQ32s32s")  # magic, N, R, content digest, stamp
@@ -206,7 +205,7 @@ def _build_or_wait(path: Path, recipe: Recipe, say: Say, progress: Progress | No
         try:
             frames = _find(path, recipe, lambda _: None)  # has it been built while this process waited?
             if frames is None:
-                _build(lock, recipe, path.name, progress)
+                _build(lock, recipe, path.name.rsplit("-", 2)[0], progress)
                 os.rename(temporary, path)
             else:
                 temporary.unlink()
@@ -276,13 +275,15 @@ def _build(descriptor: int, recipe: Recipe, name: str, progress: Progress | None
     ahead: deque[Future] = deque()
     pool = ThreadPoolExecutor(workers)
     try:
-        for done in tqdm(range(count), f"decoding {name}", unit="image", leave=False, disable=None):
-            while len(ahead) < 4 * workers and done + len(ahead) < count:
-                ahead.append(pool.submit(work, done + len(ahead)))
-            checksums[done], digest = ahead.popleft().result()
-            content.update(digest)
-            if progress:
-                progress(done + 1, count)
+        with report.progress(count, f"decoding {name}") as bar:
+            for done in range(count):
+                while len(ahead) < 4 * workers and done + len(ahead) < count:
+                    ahead.append(pool.submit(work, done + len(ahead)))
+                checksums[done], digest = ahead.popleft().result()
+                content.update(digest)
+                bar.update()
+                if progress:
+                    progress(done + 1, count)
     finally:
         pool.shutdown(cancel_futures=True)
     index = checksums.tobytes() + TAIL.pack(MAGIC, count, recipe.side, content.digest(), recipe.stamp())

@@ -1,6 +1,10 @@
-"""What a run says: a progress bar, a line an epoch, metrics.jsonl, TensorBoard, the closing table and result.json."""
+"""What a run says: a progress bar, a line an epoch, metrics.jsonl, TensorBoard and the closing table.
+
+    python -m kd.report RUN RUN ... [--json]        compares runs that have ended (kd/compare.py)
+"""
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -11,14 +15,26 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
-from kd import TrainingFault
+from kd import BadInput, TrainingFault, cli, compare
 from kd.checkpoint import write_atomic
+
+GREEN, RED = "32", "31"  # of ECMA-48's "select graphic rendition"
+
+
+def paint(text: str, colour: str) -> str:
+    """`text` in a colour, for a terminal; as it is elsewhere and under NO_COLOR (https://no-color.org)."""
+    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
+        return text
+    return f"\x1b[{colour}m{text}\x1b[0m"
 
 
 def progress(total: int, label: str, unit: str = "img", initial: int = 0) -> tqdm:
     """A bar with rate and time left on stderr; silent when that is not a terminal, gone when it is closed."""
-    return tqdm(total=total, initial=initial, desc=label, unit=unit, leave=False, dynamic_ncols=True,
-                smoothing=0.1, disable=not sys.stderr.isatty())
+    terminal = sys.stderr.isatty()
+    # a terminal that does not know its size (of `docker exec -t`, of CI) says 0 × 0, on which tqdm draws nothing
+    sized = terminal and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    return tqdm(total=total, initial=initial, desc=label, unit=unit, leave=False, dynamic_ncols=sized,
+                ncols=None if sized else 80, nrows=None if sized else 24, smoothing=0.1, disable=not terminal)
 
 
 class Records:
@@ -66,7 +82,7 @@ def epoch_line(entry: dict[str, Any], epochs: int, best: bool) -> str:
     return (f"{entry['role']:>7} {entry['epoch']:>{len(str(epochs))}}/{epochs}  train loss {entry['train_loss']:.4f}  "
             f"validation {100 * entry['accuracy']:5.1f} % "
             f"(macro-F1 {entry['macro_f1']:.3f}, loss {entry['loss']:.3f})  "
-            f"{entry['images_per_second']:6.1f} img/s{'  *' if best else ''}")
+            f"{entry['images_per_second']:6.1f} img/s{paint('  *', GREEN) if best else ''}")
 
 
 def test_row(name: str, params: int, result: dict[str, Any], validation: float) -> dict[str, Any]:
@@ -87,7 +103,8 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     if "control" in rows:
         gain = rows["student"]["test_correct"] - rows["control"]["test_correct"]
         points = 100 * (rows["student"]["test_accuracy"] - rows["control"]["test_accuracy"])
-        lines.append(f"the teacher's gift: {points:+.1f} points ({gain:+d} images of {rows['student']['test_total']})")
+        told = paint(f"{points:+.1f} points", GREEN if gain > 0 else RED) if gain else f"{points:+.1f} points"
+        lines.append(f"the teacher's gift: {told} ({gain:+d} images of {rows['student']['test_total']})")
     return "\n".join(lines)
 
 
@@ -99,3 +116,10 @@ def confusion_table(confusion: list[list[int]], classes: Iterable[str]) -> str:
     for name, row in list(zip(names, confusion, strict=True))[:20]:
         lines.append(f"{name:{width}}  " + " ".join(f"{count:5d}" for count in row[:20]))
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    try:
+        compare.main(sys.argv[1:])
+    except BadInput as error:
+        cli.fail(error, error.status, "kd.report")

@@ -7,11 +7,12 @@ ROOT = Path(__file__).parent.parent
 STANDS_ON = {
     "bench": None,  # times anything, train.py's step included
     "fused_triton": set(), "fused_cpu": set(),
-    "data": {"samples", "hub"}, "samples": {"leaves"}, "images": {"pictures"},
+    "data": {"samples", "hub"}, "samples": {"leaves"}, "images": {"pictures", "report"},
     "losses": {"fused_cpu", "fused_triton"},
     "models": {"hub"},
     "batches": {"models", "augment", "images", "logits", "runtime"},
-    "report": {"checkpoint"},
+    "report": {"checkpoint", "cli", "compare"}, "compare": {"cli"},
+    "page": {"augment", "checkpoint", "cli", "compare", "evaluate", "images"},
     "bench_loss": {"losses"},
     "predict": {"models", "images", "pictures", "report", "runtime", "cli"},
 }

@@ -49,7 +49,7 @@ def identical(a: Any, b: Any, place: str = "") -> None:
         assert list(a) == list(b), place
         for key in a:
             # clocks, and what is counted by process
-            if key not in ("seconds", "train_seconds", "images_per_second", "teacher_batches", "time"):
+            if key not in ("seconds", "train_seconds", "images_per_second", "teacher_batches", "time", "elapsed"):
                 identical(a[key], b[key], f"{place}.{key}")
     elif isinstance(a, (list, tuple)):
         assert len(a) == len(b), place

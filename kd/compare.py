@@ -1,0 +1,153 @@
+"""Runs beside each other, from their result.json: `python -m kd.report RUN RUN ... [--json]`.
+
+Runs that differ in nothing but the seed are one group: mean ± sample standard deviation. Student minus control is taken
+within each run, where both start from the same weights and see the same views in the same order, so that what a seed
+gives to both cancels.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from kd import BadInput, cli
+
+ROLES = ("teacher", "control", "student")
+# settings that decide where a run writes and what it prints, but not what comes out
+ELSEWHERE = {"seed", "out", "resume", "overwrite", "cache_dir", "save_minutes", "push_to_hub", "quiet"}
+
+
+def read_result(run: Path) -> dict[str, Any]:
+    """What result.json holds, of a run's folder or given as a file. Raises BadInput where it is none."""
+    path = run / "result.json" if run.is_dir() else run
+    try:
+        result = json.loads(path.read_text())
+        if not isinstance(result, dict):
+            raise KeyError("an object")
+        for role in [one for one in ROLES if one in result] or ROLES:
+            int(result[role]["test_correct"]), int(result[role]["test_total"]), int(result[role]["params"])
+            float(result[role]["test_accuracy"])
+        for role in ("teacher", "student"):
+            result[role]
+        result["config"]["seed"], float(result["seconds"]), float(result["images_per_second"])
+    except OSError as error:
+        raise BadInput(f"{path}: {error.strerror}; give the folder of a run that has ended") from error
+    except ValueError as error:  # broken JSON, bytes that are no text, a number that is none
+        raise BadInput(f"{path}: not readable as a result ({error}); give the folder of a run") from error
+    except (KeyError, TypeError) as error:
+        raise BadInput(f"{path}: not a run's result (lacks {error}); give the folder of a run") from error
+    return result
+
+
+def spread(values: list[float]) -> dict[str, Any]:
+    """n, mean and the sample standard deviation (n - 1; None for fewer than two values)."""
+    return {"n": len(values), "mean": statistics.fmean(values) if values else None,
+            "sd": statistics.stdev(values) if len(values) > 1 else None}
+
+
+def row_of(name: str, result: dict[str, Any]) -> dict[str, Any]:
+    """One run: accuracies as shares with their counts, and the gain of the student over its control, if it has one."""
+    row: dict[str, Any] = {"run": name, "seed": result["config"]["seed"]}
+    for role in ROLES:
+        if role in result:
+            row[role] = {key: result[role][f"test_{key}"] for key in ("accuracy", "correct", "total")}
+            row[role]["params"] = result[role]["params"]
+    row["gain"] = row["student"]["accuracy"] - row["control"]["accuracy"] if "control" in row else None
+    return {**row, "seconds": result["seconds"], "images_per_second": result["images_per_second"],
+            "commit": result.get("commit")}
+
+
+def compare(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The runs (by name), the groups that they make, and the settings in which the groups differ; ready for JSON."""
+    members: dict[str, list[str]] = {}
+    settings = {}
+    for name, result in results.items():
+        key = {setting: value for setting, value in result["config"].items() if setting not in ELSEWHERE}
+        settings[name] = key
+        members.setdefault(json.dumps(key, sort_keys=True), []).append(name)
+    rows = [row_of(name, result) for name, result in results.items()]
+    groups = []
+    for number, names in enumerate(members.values(), 1):
+        inside = [row for row in rows if row["run"] in names]
+        for row in inside:
+            row["group"] = number
+        group: dict[str, Any] = {
+            "group": number, "n": len(names), "runs": names, "seeds": [row["seed"] for row in inside],
+            **{role: spread([row[role]["accuracy"] for row in inside if role in row]) for role in ROLES},
+            "gain": spread([row["gain"] for row in inside if row["gain"] is not None]), "notes": []}
+        if len(set(group["seeds"])) < len(names):
+            group["notes"].append("a seed occurs twice: the spread is that of fewer runs than n")
+        for what, values in (("commits", [row["commit"] for row in inside]),
+                             ("machines or versions", [results[name].get("environment") for name in names])):
+            if any(value != values[0] for value in values):
+                group["notes"].append(f"made by different {what}")
+        groups.append(group)
+    firsts = [settings[names[0]] for names in members.values()]
+    known = dict.fromkeys(setting for first in firsts for setting in first)
+    differ = {setting: [first.get(setting) for first in firsts] for setting in known
+              if any(first.get(setting) != firsts[0].get(setting) for first in firsts)}
+    return {"runs": rows, "groups": groups, "differ": differ}
+
+
+def aligned(lines: list[list[str]], left: int = 1) -> list[str]:
+    """Columns: the first `left` to the left, the others to the right."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return ["  ".join(cell.ljust(width) if i < left else cell.rjust(width)
+                      for i, (cell, width) in enumerate(zip(line, widths, strict=True))).rstrip() for line in lines]
+
+
+def around(values: dict[str, Any], sign: str = "") -> str:
+    """`62.3 ± 1.4` from shares, as percent; the mean alone for one value, a dash for none."""
+    if values["mean"] is None:
+        return "-"
+    mean = f"{round(100 * values['mean'], 1) + 0.0:{sign}.1f}"  # adding zero makes -0.0 positive
+    return mean if values["sd"] is None else f"{mean} ± {100 * values['sd']:.1f}"
+
+
+def text(compared: dict[str, Any]) -> str:
+    """What `compare` found, for people."""
+    lines = [["run", "group", "seed", *(f"{role} %" for role in ROLES), "student - control", "parameters", "seconds",
+              "images/s"]]
+    for row in compared["runs"]:
+        cells = [f"{100 * row[role]['accuracy']:.1f} ({row[role]['correct']}/{row[role]['total']})" if role in row
+                 else "-" for role in ROLES]
+        gain = "-"
+        if row["gain"] is not None:
+            gain = f"{100 * row['gain']:+.1f} ({row['student']['correct'] - row['control']['correct']:+d})"
+        lines.append([row["run"], str(row["group"]), str(row["seed"]), *cells, gain, f"{row['student']['params']:,}",
+                      f"{row['seconds']:.0f}", f"{row['images_per_second']:.1f}"])
+    said = [*aligned(lines), "", "mean ± sample standard deviation over the runs of a group, in %; the difference is "
+            "taken within each run, in points"]
+    lines = [["group", "n", "seeds", *ROLES, "student - control"]]
+    for group in compared["groups"]:
+        gain = around(group["gain"], "+") + (f" (n = {group['gain']['n']})" if 0 < group["gain"]["n"] < group["n"]
+                                             else "")
+        lines.append([str(group["group"]), str(group["n"]), ",".join(map(str, group["seeds"])),
+                      *(around(group[role]) for role in ROLES), gain])
+    said += aligned(lines)
+    said += [f"note: group {group['group']}: {note}" for group in compared["groups"] for note in group["notes"]]
+    if compared["differ"]:
+        said += ["", *aligned([["settings that differ", *(f"group {group['group']}" for group in compared["groups"])],
+                               *([setting, *("-" if value is None else str(value) for value in values)]
+                                 for setting, values in compared["differ"].items())])]
+    elif len(compared["runs"]) > 1:
+        said += ["", "the runs differ in nothing but the seed"]
+    return "\n".join(said)
+
+
+def main(argv: list[str]) -> dict[str, Any]:
+    """Prints, and returns, what `compare` found. Raises BadInput."""
+    parser = cli.OneLineParser(prog="python -m kd.report", description=__doc__, allow_abbrev=False,
+                               formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or its result.json")
+    parser.add_argument("--json", action="store_true", help="one JSON object; accuracies as shares, not percent")
+    args = parser.parse_args(argv)
+    results: dict[str, dict[str, Any]] = {}
+    for name in args.runs:
+        if name in results:
+            raise BadInput(f"{name}: given twice; name every run once")
+        results[name] = read_result(Path(name))
+    compared = compare(results)
+    print(json.dumps(compared) if args.json else text(compared))
+    return compared

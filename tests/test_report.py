@@ -1,0 +1,157 @@
+"""The console's colours and bars, a quiet run, and runs compared: against numbers worked out by hand."""
+
+import dataclasses
+import json
+import os
+import pty
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kd import BadInput, compare, report
+from tests.torture import command_line
+
+ROOT = Path(__file__).parent.parent
+ENTRY = {"role": "student", "epoch": 2, "train_loss": 0.5, "accuracy": 0.75, "macro_f1": 0.7, "loss": 0.6,
+         "images_per_second": 12.0}
+
+
+def result(seed: int, student: int, control: int | None, teacher: int = 9, **settings) -> dict:
+    def row(correct: int) -> dict:
+        return {"model": "m", "params": 1234, "test_accuracy": correct / 10, "test_correct": correct, "test_total": 10,
+                "test_macro_f1": correct / 10}
+
+    made = {"teacher": row(teacher), "student": row(student), "images_per_second": 10.0 + seed, "seconds": 60.0,
+            "config": {"seed": seed, "out": f"runs/{seed}", "kd_weight": 0.5, **settings},
+            "environment": {"torch": "1"}, "commit": "c"}
+    return made if control is None else {**made, "control": row(control)}
+
+
+def write_runs(folder: Path, **results: dict) -> list[str]:
+    for name, one in results.items():
+        (folder / name).mkdir()
+        (folder / name / "result.json").write_text(json.dumps(one))
+    return [str(folder / name) for name in results]
+
+
+class Terminal:
+    """A stdout that says it is a terminal, or not."""
+
+    def __init__(self, real: bool) -> None:
+        self.isatty = lambda: real
+
+
+@pytest.mark.parametrize("terminal, no_color, coloured", [
+    (True, None, True), (True, "", True), (True, "1", False), (False, None, False)])
+def test_colours_only_on_a_terminal_and_not_under_no_color(monkeypatch, terminal, no_color, coloured):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if no_color is not None:
+        monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setattr(report.sys, "stdout", Terminal(terminal))
+    line = report.epoch_line(ENTRY, 10, True)
+    assert line.endswith("\x1b[32m  *\x1b[0m" if coloured else "img/s  *") and ("\x1b" in line) == coloured
+    assert "\x1b" not in report.epoch_line(ENTRY, 10, False)
+    rows = {role: result(0, 7, 5)[role] for role in ("teacher", "control", "student")}
+    told = report.table(rows).splitlines()[-1]
+    assert ("\x1b[32m+20.0 points\x1b[0m" in told) == coloured and "(+2 images of 10)" in told
+    rows["student"] = result(0, 4, 5)["student"]
+    assert ("\x1b[31m-10.0 points\x1b[0m" in report.table(rows)) == coloured
+
+
+def test_a_quiet_run_prints_its_result_and_nothing_else(tiny):
+    done = subprocess.run([sys.executable, "train.py", *command_line(dataclasses.replace(tiny, quiet=True))], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "" and done.stdout.count("\n") == 1
+    assert json.loads(done.stdout) == json.loads((Path(tiny.out) / "result.json").read_text())
+    again = subprocess.run([sys.executable, "train.py", *command_line(tiny, "--quiet")], cwd=ROOT, capture_output=True,
+                           text=True)
+    assert again.returncode == 2 and again.stdout == "" and again.stderr.count("\n") == 1
+    assert again.stderr.startswith("train.py: error: --out ") and "holds another run" in again.stderr
+
+
+def test_a_terminal_sees_bars_of_every_part_and_a_file_none(tiny):
+    above, below = pty.openpty()
+    environment = {key: value for key, value in os.environ.items() if key != "NO_COLOR"}
+    process = subprocess.Popen([sys.executable, "train.py", *command_line(tiny)], cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=below, env=environment)
+    os.close(below)
+    shown = b""
+    try:
+        while part := os.read(above, 65536):
+            shown += part
+    except OSError:  # Linux says so when the last writer has gone
+        pass
+    assert process.stdout is not None
+    said, bars = str(process.stdout.read(), "utf-8"), str(shown, "utf-8")
+    assert process.wait() == 0
+    for label in ("decoding", "teacher 1/1", "teacher validation", "teacher test", "student 2/2", "student validation",
+                  "student test"):
+        assert label in bars
+    assert "img/s" in bars and "%|" in bars  # rate and time left, though this terminal has no size
+    assert "%|" not in said and "\x1b" not in said and "  *" in said  # stdout is no terminal: no bar and no colour
+    first = next(line for line in said.splitlines() if line.startswith("cpu ("))
+    for fact in ("threads), fp32", "42 + 12 + 12 pictures", "3 classes, 32 px", "teacher test_resnet (",
+                 "student test_efficientnet ("):
+        assert fact in first
+
+
+def test_runs_that_differ_in_the_seed_are_a_group_with_mean_and_deviation(tmp_path, capsys):
+    names = write_runs(tmp_path, a=result(0, 7, 5), b=result(1, 8, 7), c=result(2, 6, 2),
+                       d=result(0, 9, None, kd_weight=0.9))
+    compared = compare.main([*names, "--json"])
+    assert json.loads(capsys.readouterr().out) == compared
+    seeds, single = compared["groups"]
+    assert (seeds["n"], seeds["seeds"], single["n"], single["seeds"]) == (3, [0, 1, 2], 1, [0])
+    for role, values in (("student", [.7, .8, .6]), ("control", [.5, .7, .2]), ("teacher", [.9, .9, .9]),
+                         ("gain", [.2, .1, .4])):  # the gain: within each run, not of the means' spreads
+        assert seeds[role]["n"] == 3
+        assert seeds[role]["mean"] == pytest.approx(sum(values) / 3)
+        assert seeds[role]["sd"] == pytest.approx(statistics.stdev(values))
+    assert single["student"] == {"n": 1, "mean": 0.9, "sd": None}
+    assert single["gain"] == {"n": 0, "mean": None, "sd": None}
+    assert compared["differ"] == {"kd_weight": [0.5, 0.9]}  # neither the seed nor --out
+    compare.main(names)
+    said = capsys.readouterr().out
+    row = next(line for line in said.splitlines() if line.startswith(names[1]))
+    assert row.split()[1:] == ["1", "1", "90.0", "(9/10)", "70.0", "(7/10)", "80.0", "(8/10)", "+10.0", "(+1)", "1,234",
+                               "60", "11.0"]
+    assert compare.around({"mean": -1e-17, "sd": None}, "+") == "+0.0"
+    assert "70.0 ± 10.0" in said and "46.7 ± 25.2" in said and "+23.3 ± 15.3" in said
+    differ = next(line for line in said.splitlines() if line.startswith("kd_weight"))
+    assert differ.split() == ["kd_weight", "0.5", "0.9"]
+
+
+def test_what_a_spread_does_not_show_is_noted(tmp_path, capsys):
+    twin = {**result(3, 7, 5), "commit": "d", "environment": {"torch": "2"}}
+    compare.main(write_runs(tmp_path, a=result(3, 7, 5), b=twin))
+    said = capsys.readouterr().out
+    assert "note: group 1: a seed occurs twice" in said
+    assert "different commits" in said and "different machines or versions" in said
+    assert "nothing but the seed" in said
+
+
+@pytest.mark.parametrize("content, told", [
+    (None, "No such file"), ("{", "not readable as a result"), ("[]", "not a run's result"),
+    ("{}", "lacks 'teacher'"), (json.dumps({"teacher": 3}), "not a run's result"),
+    (json.dumps({**result(0, 7, 5), "config": {}}), "lacks 'seed'"), ("\x00\x01", "not readable")])
+def test_what_is_not_a_result_is_named(tmp_path, content, told):
+    if content is not None:
+        (tmp_path / "result.json").write_text(content)
+    with pytest.raises(BadInput, match="result.json: ") as caught:
+        compare.read_result(tmp_path)
+    assert told in str(caught.value)
+
+
+def test_the_command_takes_folders_and_files_and_refuses_in_one_line(tmp_path):
+    names = write_runs(tmp_path, a=result(0, 7, 5))
+    command = [sys.executable, "-m", "kd.report"]
+    done = subprocess.run([*command, names[0] + "/result.json"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "70.0 (7/10)" in done.stdout and done.stderr == ""
+    for arguments, told in (([str(tmp_path)], "result.json: No such file"), ([names[0]] * 2, "given twice"),
+                            ([], "arguments are required: RUN")):
+        done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+        assert done.stderr.startswith("kd.report: error: ") and told in done.stderr
