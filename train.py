@@ -69,7 +69,10 @@ RECIPES: dict[str, dict[str, Any]] = {
                  weight_decay=0.02, teacher="resnet10t", teacher_weights="none", teacher_epochs=6, teacher_lr=3e-3,
                  teacher_augment="flip", augment="flip", views=0),
     "tutorial": dict(),
-    "best": dict(),
+    # a good teacher is patient and consistent (Beyer et al. 2022): it alone teaches, on every view anew, for long
+    "best": dict(size=128, epochs=100, batch_size=32, lr=3e-3, schedule="cosine", warmup=0.1, weight_decay=0.02,
+                 teacher="tf_efficientnet_lite0", teacher_epochs=24, temperature=2.0, kd_weight=1.0, augment="mixup",
+                 views=0),
 }
 
 # what may differ between a run and its continuation; any other change would make it another run
