@@ -8,14 +8,18 @@ gives to both cancels.
 import argparse
 import json
 import statistics
+import zipfile
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from kd import BadInput, cli
 
 ROLES = ("teacher", "control", "student")
-# settings that decide where a run writes and what it prints, but not what comes out
-ELSEWHERE = {"seed", "out", "resume", "overwrite", "cache_dir", "save_minutes", "push_to_hub", "quiet"}
+PREDICTIONS = "predictions.npz"
+# settings that decide where a run writes and what it prints, but not what comes out; a recipe is a name for others
+ELSEWHERE = {"seed", "recipe", "out", "resume", "overwrite", "cache_dir", "save_minutes", "push_to_hub", "quiet"}
 
 
 def read_result(run: Path) -> dict[str, Any]:
@@ -40,6 +44,51 @@ def read_result(run: Path) -> dict[str, Any]:
     return result
 
 
+def read_predictions(path: Path) -> dict[str, np.ndarray]:
+    """What kd/page.py keeps of a run: test logits by role, labels, classes, pictures.
+
+    Raises BadInput where it is absent or something else.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            kept = {name: file[name] for name in file.files}
+        count, classes = kept["teacher"].shape
+        if (kept["student"].shape != (count, classes) or kept["classes"].shape != (classes,)
+                or any(kept[name].shape != (count,) for name in ("labels", "names"))
+                or len(kept["pictures"]) != len(kept["shown"]) or len(kept["views"]) != len(kept["view_labels"])):
+            raise ValueError("its arrays do not fit each other")
+    except FileNotFoundError as error:
+        raise BadInput(f"{path}: no such file; a run writes it when it ends, and --resume ends it") from error
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
+        raise BadInput(f"{path}: not readable ({error}); remove it and report.html, then --resume the run") from error
+    return kept
+
+
+def gains(run: Path, result: dict[str, Any]) -> np.ndarray | None:
+    """`(N,)` by test image: 1 where the student alone is right, -1 where its control alone is, else 0.
+
+    None where a run has no control, or was made before runs kept their predictions.
+    """
+    if "control" not in result or not (run / PREDICTIONS).exists():
+        return None
+    kept = read_predictions(run / PREDICTIONS)
+    right = {role: (kept[role].argmax(1) == kept["labels"]).astype(np.int64) for role in ("student", "control")}
+    return right["student"] - right["control"]
+
+
+def bootstrap(gained: np.ndarray, draws: int = 10_000) -> list[float]:
+    """The 95 % interval of the mean of `gained` `(runs, images)`, runs and images both drawn again with replacement.
+
+    Images are drawn for all runs at once, as the test split is the same for all: what makes an image hard is no noise
+    of one run. The interval is that of the percentiles.
+    """
+    generator = np.random.default_rng(0)
+    runs, images = (generator.multinomial(count, np.full(count, 1 / count), size=draws) / count
+                    for count in gained.shape)
+    means = ((runs @ gained) * images).sum(axis=1)
+    return [float(limit) for limit in np.quantile(means, [0.025, 0.975])]
+
+
 def spread(values: list[float]) -> dict[str, Any]:
     """n, mean and the sample standard deviation (n - 1; None for fewer than two values)."""
     return {"n": len(values), "mean": statistics.fmean(values) if values else None,
@@ -58,8 +107,11 @@ def row_of(name: str, result: dict[str, Any]) -> dict[str, Any]:
             "commit": result.get("commit")}
 
 
-def compare(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The runs (by name), the groups that they make, and the settings in which the groups differ; ready for JSON."""
+def compare(results: dict[str, dict[str, Any]], gained: dict[str, np.ndarray | None]) -> dict[str, Any]:
+    """The runs (by name), the groups that they make, and the settings in which the groups differ; ready for JSON.
+
+    gained: what `gains` says of each run; groups in which all runs have it get the interval of their gain.
+    """
     members: dict[str, list[str]] = {}
     settings = {}
     for name, result in results.items():
@@ -76,6 +128,9 @@ def compare(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
             "group": number, "n": len(names), "runs": names, "seeds": [row["seed"] for row in inside],
             **{role: spread([row[role]["accuracy"] for row in inside if role in row]) for role in ROLES},
             "gain": spread([row["gain"] for row in inside if row["gain"] is not None]), "notes": []}
+        images = [one for one in (gained[name] for name in names) if one is not None]
+        if len(images) == len(names) > 1 and len({len(one) for one in images}) == 1:
+            group["gain"]["interval"] = bootstrap(np.stack(images))
         if len(set(group["seeds"])) < len(names):
             group["notes"].append("a seed occurs twice: the spread is that of fewer runs than n")
         for what, values in (("commits", [row["commit"] for row in inside]),
@@ -126,6 +181,11 @@ def text(compared: dict[str, Any]) -> str:
         lines.append([str(group["group"]), str(group["n"]), ",".join(map(str, group["seeds"])),
                       *(around(group[role]) for role in ROLES), gain])
     said += aligned(lines)
+    for group in compared["groups"]:
+        if "interval" in group["gain"]:
+            low, high = (100 * limit for limit in group["gain"]["interval"])
+            said.append(f"group {group['group']}: student - control = {around(group['gain'], '+')} points, 95 % "
+                        f"interval {low:+.1f} to {high:+.1f} (bootstrap over runs and test images)")
     said += [f"note: group {group['group']}: {note}" for group in compared["groups"] for note in group["notes"]]
     if compared["differ"]:
         said += ["", *aligned([["settings that differ", *(f"group {group['group']}" for group in compared["groups"])],
@@ -144,10 +204,12 @@ def main(argv: list[str]) -> dict[str, Any]:
     parser.add_argument("--json", action="store_true", help="one JSON object; accuracies as shares, not percent")
     args = parser.parse_args(argv)
     results: dict[str, dict[str, Any]] = {}
+    gained = {}
     for name in args.runs:
         if name in results:
             raise BadInput(f"{name}: given twice; name every run once")
         results[name] = read_result(Path(name))
-    compared = compare(results)
+        gained[name] = gains(Path(name), results[name])
+    compared = compare(results, gained)
     print(json.dumps(compared) if args.json else text(compared))
     return compared

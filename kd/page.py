@@ -13,7 +13,6 @@ import json
 import math
 import re
 import sys
-import zipfile
 from html import escape
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
@@ -30,11 +29,11 @@ from PIL import Image
 from kd import BadInput, cli
 from kd.augment import Spec, load_views
 from kd.checkpoint import write_atomic
-from kd.compare import ROLES, read_result
+from kd.compare import PREDICTIONS, ROLES, read_predictions, read_result
 from kd.evaluate import log_softmax
 from kd.images import center_crop
 
-PAGE, PREDICTIONS = "report.html", "predictions.npz"
+PAGE = "report.html"
 SHOWN = 8        # pictures of each kind of error
 THUMBNAIL = 160  # pixels, the longest side of such a picture
 SHEET = 24       # views on the sheet
@@ -105,23 +104,6 @@ def keep(out: Path, logits: dict[str, np.ndarray], labels: np.ndarray, classes: 
              names=np.array([where(i) for i in range(len(labels))], np.str_), pictures=pictures, views=views,
              view_labels=view_labels, **{role: logits[role].astype(np.float32) for role in logits})  # type: ignore
     write_atomic(out / PREDICTIONS, buffer.getvalue())
-
-
-def read_predictions(path: Path) -> dict[str, np.ndarray]:
-    """What `keep` wrote. Raises BadInput where it is absent or something else."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            kept = {name: file[name] for name in file.files}
-        count, classes = kept["teacher"].shape
-        if (kept["student"].shape != (count, classes) or kept["classes"].shape != (classes,)
-                or any(kept[name].shape != (count,) for name in ("labels", "names"))
-                or len(kept["pictures"]) != len(kept["shown"]) or len(kept["views"]) != len(kept["view_labels"])):
-            raise ValueError("its arrays do not fit each other")
-    except FileNotFoundError as error:
-        raise BadInput(f"{path}: no such file; a run writes it when it ends, and --resume ends it") from error
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
-        raise BadInput(f"{path}: not readable ({error}); remove it and {PAGE}, then --resume the run") from error
-    return kept
 
 
 # ---- plots ----

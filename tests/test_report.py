@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from kd import BadInput, compare, report
@@ -122,6 +123,38 @@ def test_runs_that_differ_in_the_seed_are_a_group_with_mean_and_deviation(tmp_pa
     assert "70.0 ± 10.0" in said and "46.7 ± 25.2" in said and "+23.3 ± 15.3" in said
     differ = next(line for line in said.splitlines() if line.startswith("kd_weight"))
     assert differ.split() == ["kd_weight", "0.5", "0.9"]
+
+
+def keep(run: str, right: dict[str, list[int]]) -> None:
+    """A predictions.npz of two classes in which these samples of ten are right."""
+    logits: dict = {role: np.eye(2)[np.isin(np.arange(10), ones).astype(int)] for role, ones in right.items()}
+    np.savez(Path(run) / "predictions.npz", labels=np.ones(10, np.int64), classes=np.array(["a", "b"]),
+             names=np.array(list("abcdefghij")), pictures=np.empty(0), shown=np.empty(0), views=np.empty(0),
+             view_labels=np.empty(0), teacher=logits["student"], **logits)
+
+
+def test_the_gain_has_an_interval_over_runs_and_images(tmp_path, capsys):
+    runs = write_runs(tmp_path, a=result(0, 6, 5), b=result(1, 8, 6))
+    keep(runs[0], {"student": [0, 1, 2, 3, 4, 5], "control": [0, 1, 2, 3, 9]})
+    assert "interval" not in compare.main([*runs, "--json"])["groups"][0]["gain"]  # only where every run has it
+    keep(runs[1], {"student": [0, 1, 2, 3, 4, 5, 6, 7], "control": [0, 1, 2, 3, 4, 9]})
+    first = compare.gains(Path(runs[0]), result(0, 6, 5))
+    assert first is not None and first.tolist() == [0, 0, 0, 0, 1, 1, 0, 0, 0, -1]
+    gain = compare.main(runs)["groups"][0]["gain"]
+    low, high = gain["interval"]
+    assert np.isclose(gain["mean"], 0.15) and low < 0 < gain["mean"] < high
+    assert f"95 % interval {100 * low:+.1f} to {100 * high:+.1f}" in capsys.readouterr().out
+
+
+def test_the_bootstrap_knows_what_can_be_worked_out():
+    assert compare.bootstrap(np.ones((5, 40))) == [1.0, 1.0]
+    # one run and images that are 1 or 0: the mean of n draws of a coin of share p
+    low, high = compare.bootstrap(np.repeat([[1.0, 0.0]], [100, 300], axis=1).reshape(1, 400))
+    deviation = (0.25 * 0.75 / 400) ** 0.5
+    assert abs(low - (0.25 - 1.96 * deviation)) < 0.005 and abs(high - (0.25 + 1.96 * deviation)) < 0.005
+    # what differs between runs alone: five runs of -1 and +1 that agree on every image
+    low, high = compare.bootstrap(np.array([[1.0] * 50, [1.0] * 50, [-1.0] * 50, [1.0] * 50]))
+    assert low <= 0 and high == 1
 
 
 def test_what_a_spread_does_not_show_is_noted(tmp_path, capsys):
