@@ -35,6 +35,8 @@ class Config:
     warmup: float = flag(0.0, "share of the steps over which the learning rate rises from zero", low=0, high=1)
     weight_decay: float = flag(0.0, "AdamW's decoupled weight decay", low=0)
     clip: float = flag(1.0, "largest norm of the gradient", above=0)
+    accumulate: int = flag(1, "parts that a step takes its batch in, to need less memory", low=1)
+    sync_bn: bool = flag(False, "BatchNorm over the whole batch of all ranks, not over each rank's part")
     seed: int = flag(0, "decides weights, order and views: the same seed gives the same run", low=0)
     out: str = flag("", "folder of the run (default: runs/RECIPE)")
     resume: bool = flag(False, "go on with the run in --out, exactly where it stopped")
@@ -88,7 +90,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kd import checkpoint, fast_cpu, frozen, health, hub, losses, models, page, report, runtime
+from kd import checkpoint, distributed, fast_cpu, frozen, health, hub, losses, models, page, report, runtime
 from kd.augment import SPECS, Spec, epoch_batches
 from kd.batches import Teacher, ask_teacher, load_batches
 from kd.data import open_dataset
@@ -101,20 +103,25 @@ from kd.prefetch import prefetch
 
 def train_step(student: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
                x: Tensor, labels: Tensor, teacher_logits: Tensor | None, *, loss_fn: Callable[..., Tensor],
-               temperature: float, kd_weight: float, clip: float, run: runtime.Runtime) -> tuple[Tensor, Tensor]:
+               temperature: float, kd_weight: float, clip: float, run: runtime.Runtime, accumulate: int = 1,
+               weight: float = 1.0) -> tuple[Tensor, Tensor]:
     """A single training step: forward, loss, backward, update. Returns the loss and the gradient's norm, both still
-    on the device: nothing in here waits for it."""
-    with run.autocast():
-        logits = student(x)
-    loss = loss_fn(logits, teacher_logits, labels, temperature, kd_weight)
-    scaler.scale(loss).backward()       # the scale keeps fp16 gradients from underflow; it is 1 in other precisions
+    on the device: nothing in here waits for it. weight: of this rank's loss, 1 where all ranks have as many samples."""
+    total = torch.zeros((), device=x.device)
+    for part in distributed.parts(len(x), accumulate):
+        with run.autocast():
+            logits = student(x[part])
+        soft = teacher_logits if teacher_logits is None else teacher_logits[part]
+        loss = loss_fn(logits, soft, labels[part], temperature, kd_weight) * (weight * len(logits) / len(x))
+        scaler.scale(loss).backward()   # the scale keeps fp16 gradients from underflow; it is 1 in other precisions
+        total += loss.detach()
     scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(parameters, clip, foreach=True)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return loss.detach(), norm
+    return total, norm
 
 
 def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup: float) -> float:
@@ -135,7 +142,8 @@ def fit(role: str, model: nn.Module, prep: models.Preprocessing, data: Data, cfg
     every few minutes and on a signal. Raises Stopped after a signal and TrainingFault where the loss or its gradient
     is not finite.
     """
-    forward = torch.compile(model) if run.compile else model
+    forward = distributed.wrap(model, run.device)
+    forward = torch.compile(forward) if run.compile else forward  # type: ignore[assignment]
     loss_fn, _ = losses.choose_loss(cfg.loss, run.device, len(data.classes), SPECS[cfg.augment].mixup > 0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=cfg.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp is torch.float16)
@@ -158,7 +166,7 @@ def fit(role: str, model: nn.Module, prep: models.Preprocessing, data: Data, cfg
     def save() -> None:
         nonlocal last_save, clock
         health.check(steps_health, role, run.amp)  # a NaN must never reach the disk
-        at["loss_sum"] = loss_sum.item()
+        at["loss_sum"] = distributed.mean(loss_sum).item()
         at["train_seconds"] += time.monotonic() - clock
         if teacher:
             teacher.store.flush()
@@ -166,7 +174,8 @@ def fit(role: str, model: nn.Module, prep: models.Preprocessing, data: Data, cfg
                                             "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                                             "scaler": scaler.state_dict()})
         last_save = clock = time.monotonic()
-        stop.heed()
+        if signal := distributed.largest(stop.signal)[0]:  # which also waits until all ranks' logits are on the disk
+            raise runtime.Stopped(signal)
 
     for epoch in range(at["epoch"], epochs):
         view = epoch % cfg.views if cfg.views else epoch
@@ -186,26 +195,28 @@ def fit(role: str, model: nn.Module, prep: models.Preprocessing, data: Data, cfg
                 # ---- a single training step ----
                 loss, norm = train_step(forward, optimizer, scaler, models.normalize(batch.views, prep), batch.labels,
                                         soft, loss_fn=loss_fn, temperature=cfg.temperature, kd_weight=kd_weight,
-                                        clip=cfg.clip, run=run)
+                                        clip=cfg.clip, run=run, accumulate=cfg.accumulate,
+                                        weight=len(batch.samples) * distributed.world() / batch.total)
                 # --------------------------------
                 at["step"] += 1
-                loss_sum += loss * len(batch.samples)
+                loss_sum += loss * batch.total
                 health.track(steps_health, loss, norm, step)
-                bar.update(len(batch.samples))
+                bar.update(batch.total)
                 if at["step"] % 50 == 0 and not bar.disable:
                     bar.set_postfix(loss=f"{loss.item():.3f}")  # note: waits for the device
-                if stop.signal or time.monotonic() - last_save > 60 * cfg.save_minutes:
+                if any(distributed.largest(stop.signal, time.monotonic() - last_save > 60 * cfg.save_minutes)):
                     save()
         health.check(steps_health, role, run.amp)
-        train_loss = loss_sum.item() / samples
+        train_loss = distributed.mean(loss_sum).item() / samples
+        distributed.copy_first(model)  # BatchNorm's statistics, where each rank has its own
         seconds = at["train_seconds"] + time.monotonic() - clock
         logits = predict(model, validation.frames.read, len(validation), prep, cfg.size, run, f"{role} validation",
-                         lambda: save() if stop.signal else None)
+                         lambda: save() if distributed.largest(stop.signal)[0] else None)
         result = scores(logits, validation.labels)
         entry = {"role": role, "epoch": epoch + 1, "time": time.time(), "train_loss": train_loss,
                  **{key: result[key] for key in ("accuracy", "macro_f1", "loss", "calibration_error", "correct")},
                  "lr": lr, "images_per_second": samples / seconds, "seconds": seconds, "elapsed": records.seconds(),
-                 "teacher_batches": teacher.store.teacher_batches if teacher else 0}
+                 "teacher_batches": distributed.total(teacher.store.teacher_batches) if teacher else 0}
         improved = result["accuracy"] > at["best"]
         if improved:
             at.update(best=result["accuracy"], best_epoch=epoch + 1)
@@ -231,8 +242,14 @@ def main(cfg: Config) -> dict[str, Any]:
     cli.check(cfg)
     models.check("teacher", cfg.teacher, cfg.teacher_weights)
     models.check("student", cfg.student)
-    out, state = checkpoint.open_run(Path(cfg.out or f"runs/{cfg.recipe}"), dataclasses.asdict(cfg), FREE_ON_RESUME,
-                                     cfg.resume, cfg.overwrite)
+
+    # 1 runtime
+    commit = runtime.commit()  # of the code that runs, asked before anybody can change it
+    run = runtime.start(cfg.device, cfg.amp, cfg.compile)
+    distributed.join(run.device, cfg.batch_size, cfg.accumulate)
+    out, state = distributed.from_first(lambda: checkpoint.open_run(
+        Path(cfg.out or f"runs/{cfg.recipe}"), dataclasses.asdict(cfg), FREE_ON_RESUME,
+        cfg.resume or distributed.restarted(), cfg.overwrite))
     state = state or {"history": [], "done": [], "seconds": 0.0}
     if (out / "result.json").exists() and ((out / page.PAGE).exists() or not state["done"]):
         print(f"{out} is finished: nothing to do")
@@ -241,12 +258,9 @@ def main(cfg: Config) -> dict[str, Any]:
     stop.install()
     records = report.Records(out, state["seconds"])
 
-    # 1 runtime
-    commit = runtime.commit()  # of the code that runs, asked before anybody can change it
-    run = runtime.start(cfg.device, cfg.amp, cfg.compile)
-
     def placed(model: nn.Module) -> nn.Module:
-        return fast_cpu.accelerate(model.to(run.device).to(memory_format=torch.channels_last))
+        model = model.to(run.device).to(memory_format=torch.channels_last)
+        return distributed.synchronise_batchnorm(model, run.device) if cfg.sync_bn else fast_cpu.accelerate(model)
 
     # 2 data, as the student declares its input
     dataset = open_dataset(cfg.dataset, cfg.seed)
@@ -268,6 +282,10 @@ def main(cfg: Config) -> dict[str, Any]:
     teacher_prep = models.preprocessing(teacher_model)._replace(crop_pct=prep.crop_pct)
     same = teacher_prep.interpolation == prep.interpolation
     teacher_data = data if same else decoded(teacher_prep.interpolation)
+    distributed.agree(dataset=data.train.frames.digest + data.test.frames.digest,
+                      teacher_weights=models.digest(teacher_model),
+                      **{name: value for name, value in dataclasses.asdict(cfg).items()
+                         if name not in FREE_ON_RESUME | {"dataset", "teacher_weights"}})
     checkpoint.write_atomic(out / "config.json", json.dumps(dataclasses.asdict(cfg), indent=2).encode())
     print(f"{run.line} | {dataset.name}: {len(data.train)} + {len(data.validation)} + "
           f"{len(data.test)} pictures, {len(data.classes)} classes, {cfg.size} px | teacher {cfg.teacher} "
@@ -281,7 +299,9 @@ def main(cfg: Config) -> dict[str, Any]:
             fit(role, model, prep, on, cfg, run._replace(amp=None) if fp32 else run, out, epochs=epochs, lr=lr,
                 kd_weight=kd_weight, teacher=teacher, state=state, stop=stop, records=records)
             state["done"].append(role)
-        return models.load_saved(out / role, model)
+        if distributed.rank() == 0:
+            models.load_saved(out / role, model)
+        return distributed.copy_first(model)
 
     if cfg.teacher_epochs:
         own = dataclasses.replace(cfg, augment=cfg.teacher_augment, views=0)
@@ -305,7 +325,9 @@ def main(cfg: Config) -> dict[str, Any]:
 
     def asked(split: Split, label: str) -> np.ndarray:
         answers, everything = store(split, None, 0), np.arange(len(split))
-        logits = answers.logits(0, everything, answers.get(0, everything), lambda: torch.from_numpy(
+        known = answers.get(0, everything)
+        missing = distributed.largest(known is None)[0]  # all ranks ask, or none
+        logits = answers.logits(0, everything, None if missing else known, lambda: torch.from_numpy(
             predict(teacher_model, split.frames.read, len(split), teacher_prep, cfg.size, run, label, stop.heed)))
         answers.flush()
         return logits.numpy()
@@ -350,8 +372,10 @@ def main(cfg: Config) -> dict[str, Any]:
     print(report.table(rows))
     rates = [entry["images_per_second"] for entry in state["history"] if entry["role"] == "student"]
     result = {**rows, "images_per_second": float(np.median(rates)), "seconds": records.seconds(),
-              "teacher_batches": known.teacher_batches, "topk_dropped": known.dropped_share(),
+              "teacher_batches": distributed.total(known.teacher_batches), "topk_dropped": known.dropped_share(),
               "config": dataclasses.asdict(cfg), "environment": runtime.environment(), "commit": commit}
+    if distributed.rank():
+        return result
     for role, row in rows.items():
         if (out / role).exists():
             checkpoint.write_atomic(out / role / "README.md", model_card(cfg, role, row).encode())

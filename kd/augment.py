@@ -55,12 +55,12 @@ def uniforms(seed: int, samples: np.ndarray, view: int, count: int) -> np.ndarra
 def epoch_batches(seed: int, epoch: int, samples: int, batch_size: int) -> list[np.ndarray]:
     """The batches of an epoch, each int64 `(B,)` of sample numbers: a shuffle that depends on (seed, epoch) alone.
 
-    The last may be short, but never of one sample, over which BatchNorm has no variance: that one joins the batch
-    before it.
+    The last may be short, down to half a batch; a shorter one joins the batch before it. So every batch can be shared
+    by as many ranks as half a batch has samples, and BatchNorm never meets one sample alone.
     """
     order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(samples)
     cuts = list(range(batch_size, samples, batch_size))
-    if cuts and samples - cuts[-1] == 1:
+    if cuts and samples - cuts[-1] < max(2, batch_size / 2):
         cuts.pop()
     return np.split(order, cuts)
 

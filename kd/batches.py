@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kd import models
+from kd import distributed, models
 from kd.augment import Spec, load_views, mixed_labels, partners
 from kd.images import Data
 from kd.logits import LogitStore
@@ -23,7 +23,8 @@ class Teacher(NamedTuple):
 
 
 class Batch(NamedTuple):
-    samples: np.ndarray           # (B,) their numbers in the train split
+    samples: np.ndarray           # (B,) their numbers in the train split: this rank's share
+    total: int                    # samples of all ranks
     views: Tensor                 # (B, 3, H, W) uint8, channels_last, on the device
     labels: Tensor                # (B,) int64, or (B, C) probabilities under mixup
     teacher_logits: Tensor | None  # (B, C), where the store knows them
@@ -31,9 +32,10 @@ class Batch(NamedTuple):
 
 def load_batches(data: Data, batches: list[np.ndarray], view: int, teacher: Teacher | None, *, seed: int, size: int,
                  spec: Spec, device: torch.device) -> Iterator[Batch]:
-    """The batches of these sample numbers under one view, in their order, on the device."""
+    """This rank's share of the batches of these sample numbers under one view, in their order, on the device."""
     split = data.train
-    for samples in batches:
+    for batch in batches:
+        samples = distributed.share(batch)
         views = load_views(split.frames.read, len(split), samples, seed=seed, view=view, size=size, spec=spec,
                            device=device)
         labels = split.labels[samples]
@@ -41,7 +43,7 @@ def load_batches(data: Data, batches: list[np.ndarray], view: int, teacher: Teac
             others, share = partners(seed, samples, view, len(split), spec.mixup)
             labels = mixed_labels(labels, split.labels[others], share, len(data.classes))
         known = teacher.store.get(view, samples) if teacher else None
-        yield Batch(samples, views, torch.from_numpy(labels).to(device, non_blocking=True),
+        yield Batch(samples, len(batch), views, torch.from_numpy(labels).to(device, non_blocking=True),
                     known.to(device, non_blocking=True) if known is not None else None)
 
 

@@ -16,7 +16,7 @@ from typing import Any, Callable
 
 import torch
 
-from kd import BadInput, TrainingFault
+from kd import BadInput, TrainingFault, distributed
 
 MAGIC = b"kd-ckpt1"
 # what a run leaves behind, and --overwrite removes: never a whole folder, in case it is not one of ours
@@ -29,7 +29,10 @@ def write_atomic(path: Path, content: bytes, keep_previous: bool = False) -> Non
     """Replace `path` by `content` so that a reader, or a crash at any moment, meets the old file or the new one.
 
     Raises TrainingFault where the disk is full or not writable; the old file is then untouched and no other is left.
+    Of several ranks only the first writes.
     """
+    if distributed.rank():
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -54,6 +57,8 @@ def write_atomic(path: Path, content: bytes, keep_previous: bool = False) -> Non
 
 def save(path: Path, state: dict[str, Any]) -> None:
     """Write `state` (tensors, numbers, strings and containers of them) to `path`; the last one becomes `.previous`."""
+    if distributed.rank():
+        return
     buffer = io.BytesIO()
     torch.save(state, buffer)
     payload = buffer.getvalue()

@@ -15,6 +15,8 @@ from typing import Any, Callable, NoReturn
 
 from kd import BadInput, TrainingFault
 
+RANK = int(os.environ.get("RANK", "0"))  # of this process, under torchrun
+
 
 def flag(default: Any, help: str, choices: tuple[str, ...] = (), low: float = -math.inf, high: float = math.inf,
          above: float = -math.inf) -> Any:
@@ -99,7 +101,8 @@ def parse_config(config_class: type, recipes: dict[str, dict[str, Any]], argv: l
 
 def fail(message: object, status: int, program: str = "train.py") -> NoReturn:
     """Print one line on stderr and leave with `status`: users never see a traceback for what they can mend."""
-    print(f"{program}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    if not RANK or status == TrainingFault.status:  # what every rank found wrong is said once
+        print(f"{program}: error: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(status)
 
 
@@ -110,13 +113,17 @@ def run(main: Callable[[Any], Any], config: Any) -> None:
     """
     try:
         with contextlib.ExitStack() as hushed:
-            if config.quiet:
+            if config.quiet or RANK:
                 nowhere = hushed.enter_context(open(os.devnull, "w"))
                 hushed.enter_context(contextlib.redirect_stdout(nowhere))
                 hushed.enter_context(contextlib.redirect_stderr(nowhere))
             result = main(config)
-        print(json.dumps(result))
+        if not RANK:
+            print(json.dumps(result))
     except Exception as error:
+        if type(error).__name__ in ("DistBackendError", "DistNetworkError") or "gloo" in str(error).lower():
+            fail(f"rank {RANK}: another rank has ended; start again with --resume, or let torchrun do it "
+                 f"(--max-restarts)", TrainingFault.status)
         status = getattr(error, "status", None)  # that of BadInput, TrainingFault and Stopped
         if status is None and not _out_of_memory(error):
             raise

@@ -19,7 +19,7 @@ import torch
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 
-from kd import BadInput, TrainingFault, hub
+from kd import BadInput, TrainingFault, distributed, hub
 
 
 class Preprocessing(NamedTuple):
@@ -174,8 +174,11 @@ def save(model: nn.Module, folder: Path, classes: tuple[str, ...], prep: Preproc
     """Write a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads.
 
     It holds model.safetensors, config.json (labels, mean, std, size, interpolation) and README.md (`card`). The
-    folder is written whole beside its place and then swapped in, so a reader never meets half of it.
+    folder is written whole beside its place and then swapped in, so a reader never meets half of it. Of several ranks
+    only the first writes.
     """
+    if distributed.rank():
+        return
     fresh, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kd import BadInput, cli, models, report, runtime
+from kd import BadInput, cli, distributed, models, report, runtime
 from kd.images import center_crop
 from kd.pictures import open_picture, to_frame
 
@@ -30,17 +30,22 @@ def predict(model: nn.Module, read: Callable[[np.ndarray], np.ndarray], total: i
     """Logits `(total, C)` float32 under timm's eval transform (resize, centre crop, normalise), in eval mode.
 
     read: sample numbers to resized uint8 frames `(B, R, R, 3)`; stop: called before every batch, to leave by raising.
+    Every rank computes its share, and has all of them in the end.
     """
     model.eval()
     batches: list[Tensor] = []
-    with report.progress(total, label) as bar, run.autocast():
-        for start in range(0, total, BATCH):
-            stop()
-            frames = read(np.arange(start, min(start + BATCH, total)))
+    mine = np.arange(distributed.rank(), total, distributed.world())
+    with report.progress(len(mine), label) as bar, run.autocast():
+        for start in range(0, -(-total // distributed.world()), BATCH):
+            stop()  # as often in every rank, for it may ask them all
+            if start >= len(mine):
+                break
+            frames = read(mine[start:start + BATCH])
             pixels = torch.from_numpy(center_crop(frames, size)).to(run.device).permute(0, 3, 1, 2)
             batches.append(model(models.normalize(pixels, prep)).float())
             bar.update(len(frames))
-    return torch.cat(batches).cpu().numpy()  # one host-device synchronisation for the whole split
+    rows = torch.cat(batches).cpu().numpy()  # one host-device synchronisation for the whole split
+    return distributed.gather(rows, total)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

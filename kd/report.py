@@ -15,7 +15,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
-from kd import BadInput, TrainingFault, cli, compare
+from kd import BadInput, TrainingFault, cli, compare, distributed
 from kd.checkpoint import write_atomic
 
 GREEN, RED = "32", "31"  # of ECMA-48's "select graphic rendition"
@@ -23,7 +23,7 @@ GREEN, RED = "32", "31"  # of ECMA-48's "select graphic rendition"
 
 def paint(text: str, colour: str) -> str:
     """`text` in a colour, for a terminal; as it is elsewhere and under NO_COLOR (https://no-color.org)."""
-    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
+    if not (sys.stdout and sys.stdout.isatty()) or os.environ.get("NO_COLOR"):
         return text
     return f"\x1b[{colour}m{text}\x1b[0m"
 
@@ -55,6 +55,8 @@ class Records:
         metrics.jsonl is written anew rather than appended to: after a crash it then holds what the checkpoint holds,
         no epoch twice and none lost. For the same reason a process begins TensorBoard's events again, in its own file.
         """
+        if distributed.rank():
+            return
         write_atomic(self.path, "".join(json.dumps(entry) + "\n" for entry in history).encode())
         try:
             new = history[-1:]

@@ -38,6 +38,9 @@ def start(device: str, amp: str, compile: str) -> Runtime:
     if device == "cuda" and not cuda:
         raise BadInput("--device cuda: torch sees no GPU here; use --device cpu or auto")
     chosen = torch.device("cuda" if device == "cuda" or (device == "auto" and cuda) else "cpu")
+    if chosen.type == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a GPU a rank
+        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(chosen)
     if amp == "fp16" and chosen.type == "cpu":
         raise BadInput("--amp fp16: the CPU has no fast half precision; use bf16, off or auto")
     if amp == "auto":
@@ -56,7 +59,8 @@ def start(device: str, amp: str, compile: str) -> Runtime:
     else:
         tune_allocator()
         name = f"{torch.get_num_threads()} threads"
-    line = f"{chosen.type} ({name}), {amp if dtype else 'fp32'}" + (", compiled" if compiled else "")
+    ranks = f" × {os.environ['WORLD_SIZE']} ranks" if "WORLD_SIZE" in os.environ else ""
+    line = f"{chosen.type} ({name}){ranks}, {amp if dtype else 'fp32'}" + (", compiled" if compiled else "")
     return Runtime(chosen, dtype, compiled, line)
 
 

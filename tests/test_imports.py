@@ -9,12 +9,12 @@ STANDS_ON = {
     "fused_triton": set(), "fused_cpu": set(),
     "data": {"samples", "hub"}, "samples": {"leaves"}, "images": {"pictures", "report"},
     "losses": {"fused_cpu", "fused_triton"},
-    "models": {"hub"},
-    "batches": {"models", "augment", "images", "logits", "runtime"},
-    "report": {"checkpoint", "cli", "compare"}, "compare": {"cli"},
+    "models": {"distributed", "hub"},
+    "batches": {"distributed", "models", "augment", "images", "logits", "runtime"},
+    "checkpoint": {"distributed"}, "report": {"checkpoint", "cli", "compare", "distributed"}, "compare": {"cli"},
     "page": {"augment", "checkpoint", "cli", "compare", "evaluate", "images"},
     "bench_loss": {"losses"},
-    "predict": {"models", "images", "pictures", "report", "runtime", "cli"},
+    "predict": {"distributed", "models", "images", "pictures", "report", "runtime", "cli"},
 }
 
 

@@ -1,0 +1,180 @@
+"""Several processes, one run: what torchrun starts, each with its share of every batch.
+
+The batches, their order and their views are those of a single process, so that any number of ranks trains on the same
+ones: rank r takes the r-th part of each batch, gradients are averaged by PyTorch's DistributedDataParallel (Li et al.
+2020), and only rank 0 writes. Without torchrun every function here is the identity, and no process group exists.
+"""
+
+import functools
+import os
+from typing import Any, Callable, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional
+from torch import Tensor, nn
+
+from kd import BadInput
+
+T = TypeVar("T")
+
+
+def join(device: torch.device, batch_size: int, accumulate: int) -> None:
+    """Meet the other processes that torchrun started. Raises BadInput for a batch that they cannot share."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if batch_size % ranks or batch_size < 2 * ranks * accumulate:
+        raise BadInput(f"--batch-size {batch_size}: {ranks} ranks with --accumulate {accumulate} need a multiple of "
+                       f"{ranks}, of at least {2 * ranks * accumulate}")
+    if ranks > 1 and not dist.is_initialized():
+        # numbers that the host decides by go through gloo, so that the GPUs need not be waited for
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def restarted() -> bool:
+    """Whether torchrun has started this process again (--max-restarts), after one of the ranks died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What `make` returns in rank 0, in every rank; or the exception that it raises there."""
+    if world() == 1:
+        return make()
+    told: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            told[0] = make()
+        except Exception as error:
+            told[1] = error
+    dist.broadcast_object_list(told)
+    if told[1] is not None:
+        raise told[1]
+    return told[0]
+
+
+def agree(**facts: Any) -> None:
+    """Raise BadInput in every rank where `facts` are not the same in all."""
+    if world() == 1:
+        return
+    told: list[Any] = [None] * world()
+    dist.all_gather_object(told, facts)
+    for name, value in facts.items():
+        for other, theirs in enumerate(told):
+            if theirs[name] != told[0][name]:
+                raise BadInput(f"--{name.replace('_', '-')}: rank 0 has {told[0][name]}, rank {other} has "
+                               f"{theirs[name]}; start every rank with the same flags, data and weights")
+
+
+def share(samples: np.ndarray) -> np.ndarray:
+    """This rank's part of a batch: of every batch, parts differ by one sample at the most."""
+    return np.array_split(samples, world())[rank()]
+
+
+def largest(*numbers: int) -> list[int]:
+    """The largest of each number over the ranks; all of them must ask."""
+    if world() == 1:
+        return [int(number) for number in numbers]
+    told = torch.tensor([int(number) for number in numbers])
+    dist.all_reduce(told, dist.ReduceOp.MAX)
+    return told.tolist()
+
+
+def mean(value: Tensor) -> Tensor:
+    """The mean over the ranks."""
+    if world() > 1:
+        value = value.clone()
+        dist.all_reduce(value)
+        value /= world()
+    return value
+
+
+def total(count: int) -> int:
+    """The sum over the ranks."""
+    if world() == 1:
+        return count
+    told = torch.tensor(count)
+    dist.all_reduce(told)
+    return int(told)
+
+
+def wrap(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model whose backward averages gradients over the ranks; its buffers are rank 0's at every forward."""
+    if world() == 1:
+        return model
+    return nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+
+
+def copy_first(model: nn.Module) -> nn.Module:
+    """Give every rank rank 0's weights and buffers."""
+    if world() > 1:
+        for tensor in model.state_dict().values():
+            dist.broadcast(tensor, 0)
+    return model
+
+
+def gather(rows: np.ndarray, count: int) -> np.ndarray:
+    """Rows of samples rank, rank + world, rank + 2·world, ... of every rank, put back in order: `(count, ...)`."""
+    if world() == 1:
+        return rows
+    told: list[Any] = [None] * world()
+    dist.all_gather_object(told, rows)
+    everything = np.empty((count, *rows.shape[1:]), rows.dtype)
+    for other, theirs in enumerate(told):
+        everything[other::world()] = theirs
+    return everything
+
+
+def synchronise_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
+    """Let every BatchNorm in `model` take its mean and variance over the whole batch, on all ranks together.
+
+    torch's own SyncBatchNorm computes on GPUs alone; elsewhere `_synchronised` does the same.
+    """
+    if device.type == "cuda":
+        from timm.layers import convert_sync_batchnorm
+        return convert_sync_batchnorm(model)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.forward = functools.partial(_synchronised, module, module.forward)  # type: ignore[method-assign]
+    return model
+
+
+def _synchronised(norm: Any, alone: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """BatchNorm (Ioffe and Szegedy 2015) over the samples of all ranks; timm's BatchNormAct2d acts as well.
+
+    The sums are reduced by an operation that has a gradient. Mean first and then squares about it, not E[x²] - E[x]²,
+    which cancels.
+    """
+    if not norm.training or world() == 1:
+        return alone(x)
+    reduce = torch.distributed.nn.functional.all_reduce
+    axes, shape = (0, *range(2, x.dim())), (1, -1, *(1,) * (x.dim() - 2))
+    values = x.float()
+    sums = reduce(torch.cat([values.sum(axes), values.new_full((1,), values.numel() / values.shape[1])]))
+    count = sums[-1].detach()
+    centred = values - (sums[:-1] / count).view(shape)
+    variance = reduce(centred.square().sum(axes)) / count
+    with torch.no_grad():
+        norm.num_batches_tracked += 1
+        norm.running_mean.lerp_(sums[:-1] / count, norm.momentum)
+        norm.running_var.lerp_(variance * count / (count - 1), norm.momentum)
+    y = centred * torch.rsqrt(variance + norm.eps).view(shape)
+    if norm.affine:
+        y = y * norm.weight.view(shape) + norm.bias.view(shape)
+    y = y.to(x.dtype)
+    if hasattr(norm, "act"):
+        y = norm.act(norm.drop(y))
+    return y
+
+
+def parts(size: int, accumulate: int) -> list[slice]:
+    """`size` rows in `accumulate` runs of nearly equal length; none is empty."""
+    cuts = [size * i // accumulate for i in range(accumulate + 1)]
+    return [slice(a, b) for a, b in zip(cuts, cuts[1:]) if a < b]

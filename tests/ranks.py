@@ -1,0 +1,53 @@
+"""One rank of a run that is watched: `torchrun ... -m tests.ranks NOTES [--die-at STEP] train.py's flags`.
+
+Every rank leaves NOTES.RANK.json: the mean loss of each step, and the hash of each (epoch's view, sample) that it saw.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import sys
+from typing import Any
+
+import numpy as np
+
+import train
+from kd import batches, cli, distributed
+
+
+def watch(notes: dict[str, Any], die_at: int = -1) -> Any:
+    """Replace train_step and load_views by ones that write into `notes`; returns what undoes that."""
+    step, load = train.train_step, batches.load_views
+    notes.update(losses=[], views={})
+
+    def watched_step(*args: Any, **kwargs: Any) -> Any:
+        if len(notes["losses"]) == die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        loss, norm = step(*args, **kwargs)
+        notes["losses"].append(distributed.mean(loss).item())
+        return loss, norm
+
+    def watched_load(read: Any, total: int, samples: np.ndarray, **key: Any) -> Any:
+        views = load(read, total, samples, **key)
+        for sample, pixels in zip(samples.tolist(), views, strict=True):
+            notes["views"][f"{key['view']}/{sample}"] = hashlib.sha256(pixels.contiguous().numpy()).hexdigest()
+        return views
+
+    train.train_step, batches.load_views = watched_step, watched_load
+
+    def undo() -> None:
+        train.train_step, batches.load_views = step, load
+    return undo
+
+
+if __name__ == "__main__":
+    path, *flags = sys.argv[1:]
+    die_at = -1
+    if flags[0] == "--die-at":
+        die_at, flags = int(flags[1]) if cli.RANK == 1 else -1, flags[2:]
+    notes: dict[str, Any] = {}
+    watch(notes, die_at)
+    cli.run(train.main, cli.parse_config(train.Config, train.RECIPES, flags, ""))
+    with open(f"{path}.{cli.RANK}.json", "w") as file:
+        json.dump(notes, file)

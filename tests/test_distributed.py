@@ -1,0 +1,112 @@
+"""Several ranks against one: real processes under torchrun, on tiny data."""
+
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import train
+from kd import checkpoint, distributed
+from tests.ranks import watch
+from tests.torture import command_line, identical
+
+ROOT = Path(__file__).parent.parent
+
+
+def torchrun(ranks: int, *arguments: str, restarts: int = 0) -> subprocess.CompletedProcess:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}",
+               f"--max-restarts={restarts}", f"--master-port={port}", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=150,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.parametrize("student, sync_bn, lr", [
+    ("test_convnext", False, 2e-3), ("test_efficientnet", True, 5e-5)])
+def test_two_ranks_train_as_one_does(tiny, tmp_path, student, sync_bn, lr):
+    """Under a high rate AdamW, whose first steps are as long for a small gradient as for a large one, makes the
+    rounding of BatchNorm's sums grow: hence the tutorial's rate there."""
+    config = dataclasses.replace(tiny, student=student, sync_bn=sync_bn, lr=lr, teacher_epochs=0, augment="mixup", views=0,
+                                 epochs=3, out=str(tmp_path / "one"))
+    alone: dict = {}
+    undo = watch(alone)
+    try:
+        one = train.main(config)
+    finally:
+        undo()
+    both = dataclasses.replace(config, out=str(tmp_path / "two"), cache_dir=str(tmp_path / "cache2"))
+    done = torchrun(2, "-m", "tests.ranks", str(tmp_path / "notes"), *command_line(both))
+    assert done.returncode == 0, done.stderr
+    two = json.loads(done.stdout.splitlines()[-1])  # by rank 0 alone
+    assert sum(line.startswith("{") for line in done.stdout.splitlines()) == 1
+    notes = [json.loads((tmp_path / f"notes.{rank}.json").read_text()) for rank in (0, 1)]
+    assert not notes[0]["views"].keys() & notes[1]["views"].keys()
+    assert {**notes[0]["views"], **notes[1]["views"]} == alone["views"] and len(alone["views"]) == 3 * 42
+    assert notes[0]["losses"] == notes[1]["losses"] and len(alone["losses"]) == 15
+    assert np.allclose(notes[0]["losses"][:10], alone["losses"][:10], rtol=1e-5, atol=0)
+    assert np.allclose(notes[0]["losses"], alone["losses"], rtol=1e-3, atol=0)
+    assert abs(two["student"]["test_correct"] - one["student"]["test_correct"]) <= 1
+    assert two["teacher_batches"] == 2 * one["teacher_batches"]  # each of half the samples
+    first, second = ([json.loads(line)["train_loss"] for line in (tmp_path / name / "metrics.jsonl").open()]
+                     for name in ("one", "two"))
+    assert np.allclose(first, second, rtol=1e-3, atol=0)
+
+
+def test_a_rank_that_dies_ends_the_job_and_a_restart_goes_on_to_the_same_end(tiny, tmp_path):
+    config = dataclasses.replace(tiny, teacher_epochs=0, epochs=3)
+    whole, broken = (dataclasses.replace(config, out=str(tmp_path / name)) for name in ("whole", "broken"))
+    assert torchrun(2, "train.py", *command_line(whole)).returncode == 0
+    died = torchrun(2, "-m", "tests.ranks", str(tmp_path / "n"), "--die-at", "7", *command_line(broken))
+    assert died.returncode == 1 and "Traceback (most recent call last):\n  File \"" + str(ROOT) not in died.stderr
+    assert "train.py: error: rank 0: another rank has ended" in died.stderr
+    again = torchrun(2, "train.py", *command_line(broken, "--resume"))
+    assert again.returncode == 0, again.stderr
+    identical(checkpoint.read(Path(whole.out) / "last.ckpt"), checkpoint.read(Path(broken.out) / "last.ckpt"))
+
+
+def test_what_the_ranks_cannot_share_or_do_not_agree_on_is_one_line(tiny, tmp_path):
+    done = torchrun(2, "train.py", *command_line(dataclasses.replace(tiny, batch_size=9)))
+    assert done.returncode == 1 and done.stderr.count("train.py: error:") == 1
+    assert "error: --batch-size 9: 2 ranks with --accumulate 1 need a multiple of 2, of at least 4" in done.stderr
+    script = tmp_path / "two_minds.py"
+    script.write_text("import os, sys\nsys.argv += ['--lr', f\"0.00{1 + int(os.environ['RANK'])}\"]\n"
+                      "import train\nfrom kd import cli\n"
+                      "cli.run(train.main, cli.parse_config(train.Config, train.RECIPES, sys.argv[1:], ''))\n")
+    os.environ["PYTHONPATH"] = str(ROOT)
+    done = torchrun(2, str(script), *command_line(tiny))
+    assert "train.py: error: --lr: rank 0 has 0.001, rank 1 has 0.002" in done.stderr
+    assert done.stderr.count("train.py: error:") == 1
+
+
+@pytest.mark.parametrize("size, accumulate", [(8, 1), (8, 3), (10, 4), (2, 5)])
+def test_parts_cover_the_batch_once(size, accumulate):
+    parts = distributed.parts(size, accumulate)
+    assert [i for part in parts for i in range(size)[part]] == list(range(size))
+    assert len(parts) == min(size, accumulate) and max(p.stop - p.start for p in parts) <= -(-size // accumulate)
+
+
+def test_accumulated_parts_are_the_whole_batch(tiny):
+    gradients, losses = [], []
+    x, labels, soft = torch.randn(10, 3, 8, 8), torch.randint(0, 3, (10,)), torch.randn(10, 3)
+    for accumulate in (1, 3):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 3))
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        before = [p.detach().clone() for p in model.parameters()]
+        loss, norm = train.train_step(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), x, labels, soft,
+                                      loss_fn=train.losses.kd_loss, temperature=5.0, kd_weight=0.5, clip=1e9,
+                                      run=train.runtime.start("cpu", "off", "off"), accumulate=accumulate)
+        losses.append(loss.item())
+        gradients.append(torch.cat([(a - b).flatten() for a, b in zip(before, model.parameters(), strict=True)]))
+    assert np.isclose(losses[0], losses[1], rtol=1e-6)
+    assert torch.allclose(gradients[0], gradients[1], rtol=1e-5, atol=1e-6)
