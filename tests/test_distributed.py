@@ -36,8 +36,8 @@ def torchrun(ranks: int, *arguments: str, restarts: int = 0) -> subprocess.Compl
 def test_two_ranks_train_as_one_does(tiny, tmp_path, student, sync_bn, lr):
     """Under a high rate AdamW, whose first steps are as long for a small gradient as for a large one, makes the
     rounding of BatchNorm's sums grow: hence the tutorial's rate there."""
-    config = dataclasses.replace(tiny, student=student, sync_bn=sync_bn, lr=lr, teacher_epochs=0, augment="mixup", views=0,
-                                 epochs=3, out=str(tmp_path / "one"))
+    config = dataclasses.replace(tiny, student=student, sync_bn=sync_bn, lr=lr, teacher_epochs=0, augment="mixup",
+                                 views=0, epochs=3, out=str(tmp_path / "one"))
     alone: dict = {}
     undo = watch(alone)
     try:
