@@ -10,7 +10,6 @@ loss = (1 - λ)·CE + λ·T²·KL(teacher‖student), and a control learns from 
 import dataclasses
 import json
 import math
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -53,13 +52,15 @@ class Config:
     augment: str = flag("none", "what a view may change", ("none", "flip", "crop", "mixup"))
     views: int = flag(1, "views a sample: epoch e uses view e mod K; 0: a fresh one every epoch", low=0)
     topk: int = flag(0, "keep the teacher's K largest logits alone, for many classes; 0: all of them", low=0)
-    cache_dir: str = flag(os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "kd"),
-                          "where decoded images and the teacher's logits are kept")
+    cache_dir: str = flag(cli.CACHE_DIR, "where decoded images and the teacher's logits are kept")
     amp: str = flag("auto", "mixed precision", ("auto", "off", "bf16", "fp16"))
     compile: str = flag("auto", "torch.compile the student (auto: on CUDA)", ("auto", "on", "off"))
     device: str = flag("auto", "where to compute", ("auto", "cpu", "cuda"))
     save_minutes: float = flag(10.0, "a checkpoint at least this often, besides one an epoch", low=0)
-    push_to_hub: str = flag("", "upload the student's folder to this Hub repository at the end")
+    push_to_hub: str = flag("", "upload the student's folder to this Hub repository, such as someone/student")
+    push: str = flag("end", "when to upload: at the end, or each time the student improves as well",
+                     ("end", "every-epoch"))
+    private: bool = flag(False, "make that repository, where it is new, a private one")
 
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -72,7 +73,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 # what may differ between a run and its continuation; any other change would make it another run
-FREE_ON_RESUME = {"out", "resume", "overwrite", "cache_dir", "save_minutes", "push_to_hub", "device"}
+FREE_ON_RESUME = {"out", "resume", "overwrite", "cache_dir", "save_minutes", "device", "push_to_hub", "push",
+                  "private"}
 
 if __name__ == "__main__":  # --help and mistyped flags answer here, before the seconds that torch takes to load
     try:
@@ -84,15 +86,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kd import checkpoint, fast_cpu, frozen, health, hub, losses, models, report, runtime
+from kd import card, checkpoint, fast_cpu, frozen, health, hub, losses, models, report, runtime
 from kd.augment import SPECS, Spec, epoch_batches
 from kd.batches import Teacher, ask_teacher, load_batches
 from kd.data import open_dataset
-from kd.evaluate import chance_level, scores
 from kd.images import Data, Split, decode
 from kd.logits import LogitStore
 from kd.predict import predict
 from kd.prefetch import prefetch
+from kd.scores import chance_level, scores
 
 
 def train_step(student: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
@@ -205,7 +207,8 @@ def fit(role: str, model: nn.Module, prep: models.Preprocessing, data: Data, cfg
         improved = result["accuracy"] > at["best"]
         if improved:
             at.update(best=result["accuracy"], best_epoch=epoch + 1)
-            models.save(model, out / role, data.classes, prep, cfg.size, model_card(cfg, role, at))
+            models.save(model, out / role, data.classes, prep, cfg.size,
+                        model_card(cfg, role, {role: {**result, **at}}))
         print(report.epoch_line(entry, epochs, improved), flush=True)
         state["history"].append(entry)
         records.write(state["history"])
@@ -213,13 +216,16 @@ def fit(role: str, model: nn.Module, prep: models.Preprocessing, data: Data, cfg
         loss_sum.zero_()
         clock = time.monotonic()
         save()
+        if improved and role == "student" and cfg.push_to_hub and cfg.push == "every-epoch":
+            print(hub.push_folder(str(out / role), cfg.push_to_hub, f"kd: epoch {epoch + 1}", cfg.private), flush=True)
 
 
-def model_card(cfg: Config, role: str, facts: dict[str, Any]) -> str:
-    """The README.md of a saved folder."""
-    name = cfg.teacher if role == "teacher" else cfg.student
-    return models.card(name, cfg.dataset, facts, f"the {role} of a distillation at {cfg.size} px (T = "
-                       f"{cfg.temperature:g}, λ = {cfg.kd_weight:g}, teacher `{cfg.teacher}`, seed {cfg.seed})")
+def model_card(cfg: Config, role: str, rows: dict[str, dict[str, Any]]) -> str:
+    """The README.md of a saved folder. rows: its own scores on validation, or in the end everybody's on test."""
+    return card.text(role, rows, teacher=cfg.teacher, student=cfg.student, pretrained=cfg.teacher_weights == "imagenet",
+                     dataset=cfg.dataset, size=cfg.size, epochs=cfg.epochs, teacher_epochs=cfg.teacher_epochs,
+                     temperature=cfg.temperature, kd_weight=cfg.kd_weight, seed=cfg.seed, repo=cfg.push_to_hub,
+                     command=cli.command(cfg, RECIPES, FREE_ON_RESUME))
 
 
 def main(cfg: Config) -> dict[str, Any]:
@@ -227,6 +233,7 @@ def main(cfg: Config) -> dict[str, Any]:
     cli.check(cfg)
     models.check("teacher", cfg.teacher, cfg.teacher_weights)
     models.check("student", cfg.student)
+    hub.check(cfg.push_to_hub)
     out, state = checkpoint.open_run(Path(cfg.out or f"runs/{cfg.recipe}"), dataclasses.asdict(cfg), FREE_ON_RESUME,
                                      cfg.resume, cfg.overwrite)
     state = state or {"history": [], "done": [], "seconds": 0.0}
@@ -346,12 +353,13 @@ def main(cfg: Config) -> dict[str, Any]:
     result = {**rows, "images_per_second": float(np.median(rates)), "seconds": records.seconds(),
               "teacher_batches": known.teacher_batches, "topk_dropped": known.dropped_share(),
               "config": dataclasses.asdict(cfg), "environment": runtime.environment(), "commit": commit}
-    for role, row in rows.items():
+    for role in rows:
         if (out / role).exists():
-            checkpoint.write_atomic(out / role / "README.md", model_card(cfg, role, row).encode())
+            checkpoint.write_atomic(out / role / "README.md", model_card(cfg, role, rows).encode())
     checkpoint.write_atomic(out / "result.json", json.dumps(result, indent=2).encode())
     if cfg.push_to_hub:
-        print(hub.push_folder(str(out / "student"), cfg.push_to_hub, "kd: the best student by validation accuracy"))
+        print(hub.push_folder(str(out / "student"), cfg.push_to_hub, "kd: the best student by validation accuracy",
+                              cfg.private))
     return result
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from kd.evaluate import calibration_error, chance_level, confusion_matrix, macro_f1, scores
+from kd.scores import calibration_error, chance_level, confusion_matrix, macro_f1, scores
 
 
 def test_scores_of_a_small_case():
