@@ -82,15 +82,15 @@ with torch.no_grad():
 print(dict(zip(model.pretrained_cfg["label_names"], shares.tolist())))
 ```
 
-The transform resizes the shorter side, cuts the central {size} × {size} pixels and normalises them, as training did. Mean,
-std, interpolation, the share that is kept and the labels are in `config.json`.
+The transform resizes the shorter side, cuts the central {size} × {size} pixels and normalises them, as training did.
+Mean, std, interpolation, the share that is kept and the labels are in `config.json`.
 
 ## Limits
 
 It knows the classes of `{title}` and no other: whatever it is shown, it names one of them. Its scores hold for pictures
 like those of that data set{counted}; other cameras, places and seasons
-were not tried. One seed was run, and the chance in it not measured. The licence of the pictures, and of weights that the
-teacher began with, may add terms.
+were not tried. One seed was run, and the chance in it not measured. The licence of the pictures, and of weights that
+the teacher began with, may add terms.
 """
 
 
@@ -109,10 +109,10 @@ def _yaml(role: str, name: str, title: str, scores: tuple[float, int, int, float
                for metric, called, value in (("accuracy", "Accuracy", scores[0]), ("f1", "Macro F1", scores[3]))
                ] if scores else None
     # no relation that the Hub knows (adapter, finetune, merge, quantized) says "distilled", so a student claims none
-    base, relation = None, None
+    base: str | None = None
+    relation = None
     if pretrained and (role == "teacher" or (role == "student" and kd_weight)):
-        declared = timm.get_pretrained_cfg(pretrained)
-        base = declared and declared.hf_hub_id
+        base = getattr(timm.get_pretrained_cfg(pretrained), "hf_hub_id", None)  # such as timm/resnet50.a1_in1k
         relation = "finetune" if base and role == "teacher" and teacher_epochs else None
     return ModelCardData(
         license="apache-2.0", library_name="timm", pipeline_tag="image-classification",

@@ -37,7 +37,9 @@ from kd.images import Split, center_crop
 
 SUFFIX = {"onnx": ".onnx", "torch-export": ".pt2", "safetensors": ".safetensors"}
 BATCH = 32
-CALIBRATION = 256  # pictures of train; more changed nothing
+# Pictures of train. On three trained MobileNetV2, 64 changed an answer or two of 128, and 1000 none; with 256, neither
+# entropy nor percentiles were better than the plain minimum and maximum, and one scale a tensor was worse by 1 to 2.
+CALIBRATION = 256
 ROUNDS = 50        # of one picture each, by turns
 TOLERANCE = 1e-4   # of the largest logit, at least of 1: float32 sums in another order
 
@@ -108,7 +110,7 @@ def quantize(file: Path, split: Split, size: int, out: Path) -> Logits:
             return {"pixels": pixels_of(split, np.array([self.left.pop(0)]), size)}
 
     ready = file.with_name("ready.onnx")
-    quant_pre_process(str(file), str(ready), skip_symbolic_shape=True)  # folds BatchNorm into the convolutions
+    quant_pre_process(str(file), str(ready), skip_symbolic_shape=True)  # the shapes of all that is quantised
     with report.progress(len(chosen), "calibrating") as bar:
         quantization.quantize_static(str(ready), str(out), Pictures(), quant_format=quantization.QuantFormat.QDQ,
                                      per_channel=True, activation_type=quantization.QuantType.QUInt8,
@@ -219,7 +221,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     if args.to == "onnx":
         need_onnx()
     folder = Path(args.model)
-    out = Path(args.out or folder.with_name(folder.resolve().name + ("-int8" if args.int8 else "") + SUFFIX[args.to]))
+    out = Path(args.out or folder.parent / f"{folder.resolve().name}{'-int8' if args.int8 else ''}{SUFFIX[args.to]}")
     if out.is_dir():
         raise BadInput(f"--out {out}: is a folder; give a file")
     runtime.start("cpu", "off", "off")
@@ -245,7 +247,7 @@ def main(argv: list[str]) -> dict[str, Any]:
             if args.int8:
                 floats, file = file, file.with_name("int8.onnx")
                 exported = quantize(floats, data.train, size, file)
-            known = _by_torch(module)
+            known = _by_torch(module.to(memory_format=torch.channels_last))  # what PyTorch is fastest with
             result = {"file": str(out), "format": args.to + (", int8" if args.int8 else ""), "model": args.model,
                       "dataset": args.dataset, "split": args.split, **compare(known, exported, split, size)}
             if not args.int8 and not result["max_difference"] <= TOLERANCE * result["largest_logit"]:

@@ -8,7 +8,7 @@ import urllib.error
 import urllib.request
 
 import huggingface_hub
-from huggingface_hub import constants
+from huggingface_hub import constants, utils
 
 from kd import BadInput
 
@@ -58,7 +58,7 @@ def check(repo: str) -> None:
         raise BadInput("--push-to-hub: that is an access token; give the repository, such as someone/student, and the "
                        "token to `hf auth login` or in HF_TOKEN")
     try:
-        huggingface_hub.utils.validate_repo_id(repo)
+        utils.validate_repo_id(repo)
     except ValueError as error:
         raise BadInput(f"--push-to-hub {repo}: names no repository; give one such as someone/student") from error
 
@@ -71,12 +71,12 @@ def push_folder(folder: str, repo: str, message: str, private: bool = False) -> 
     """
     if constants.HF_HUB_OFFLINE or not _answers(8.0):
         return f"not pushed: the Hub at {constants.ENDPOINT} cannot be reached; {folder} is complete"
-    if not sys.stderr.isatty():
-        huggingface_hub.utils.disable_progress_bars()
     said = [f"not pushed: the Hub did not take it within {PATIENCE:.0f} s; {folder} is complete"]
 
     def upload() -> None:
         try:
+            if not sys.stderr.isatty():
+                utils.disable_progress_bars()
             api = huggingface_hub.HfApi()
             repo_id = api.create_repo(repo, exist_ok=True, private=private or None).repo_id
             api.upload_folder(folder_path=folder, repo_id=repo_id, commit_message=message)

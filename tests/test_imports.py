@@ -14,6 +14,10 @@ STANDS_ON = {
     "report": {"checkpoint"},
     "bench_loss": {"losses"},
     "predict": {"models", "images", "pictures", "report", "runtime", "cli"},
+    "card": {"data"},
+    # command lines over what train.py itself is made of
+    "evaluate": {"scores", "models", "data", "images", "predict", "report", "runtime", "cli"},
+    "export": {"evaluate", "models", "images", "report", "runtime", "cli"},
 }
 
 
