@@ -10,7 +10,6 @@ loss = (1 - λ)·CE + λ·T²·KL(teacher‖student), and a control learns from 
 import dataclasses
 import json
 import math
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -55,14 +54,15 @@ class Config:
     augment: str = flag("none", "what a view may change", ("none", "flip", "crop", "mixup"))
     views: int = flag(1, "views a sample: epoch e uses view e mod K; 0: a fresh one every epoch", low=0)
     topk: int = flag(0, "keep the teacher's K largest logits alone, for many classes; 0: all of them", low=0)
-    cache_dir: str = flag(os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "kd"),
-                          "where decoded images and the teacher's logits are kept")
+    cache_dir: str = flag(cli.CACHE_DIR, "where decoded images and the teacher's logits are kept")
     amp: str = flag("auto", "mixed precision", ("auto", "off", "bf16", "fp16"))
     compile: str = flag("auto", "torch.compile the student (auto: on CUDA)", ("auto", "on", "off"))
     device: str = flag("auto", "where to compute", ("auto", "cpu", "cuda"))
     save_minutes: float = flag(10.0, "a checkpoint at least this often, besides one an epoch", low=0)
     quiet: bool = flag(False, "print nothing but the closing line of JSON, and errors")
-    push_to_hub: str = flag("", "upload the student's folder to this Hub repository at the end")
+    push_to_hub: str = flag("", "upload the student's folder to this Hub repository, such as someone/student")
+    push: str = flag("end", "upload it at the end, or each time that it improves as well", ("end", "every-epoch"))
+    private: bool = flag(False, "make that repository, where it is new, a private one")
 
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -78,7 +78,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 # what may differ between a run and its continuation; any other change would make it another run
-FREE_ON_RESUME = {"out", "resume", "overwrite", "cache_dir", "save_minutes", "push_to_hub", "device", "quiet"}
+FREE_ON_RESUME = {"out", "resume", "overwrite", "cache_dir", "save_minutes", "device", "quiet", "push_to_hub", "push",
+                  "private"}
 
 if __name__ == "__main__":  # --help and mistyped flags answer here, before the seconds that torch takes to load
     try:
@@ -90,15 +91,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kd import checkpoint, distributed, fast_cpu, frozen, health, hub, losses, models, page, report, runtime
+from kd import card, checkpoint, distributed, fast_cpu, frozen, health, hub, losses, models, page, report, runtime
 from kd.augment import SPECS, Spec, epoch_batches
 from kd.batches import Teacher, ask_teacher, load_batches
 from kd.data import open_dataset
-from kd.evaluate import chance_level, scores
 from kd.images import Data, Split, decode
 from kd.logits import LogitStore
 from kd.predict import predict
 from kd.prefetch import prefetch
+from kd.scores import chance_level, scores
 
 
 def train_step(student: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
@@ -220,7 +221,8 @@ def fit(role: str, model: nn.Module, prep: models.Preprocessing, data: Data, cfg
         improved = result["accuracy"] > at["best"]
         if improved:
             at.update(best=result["accuracy"], best_epoch=epoch + 1)
-            models.save(model, out / role, data.classes, prep, cfg.size, model_card(cfg, role, at))
+            models.save(model, out / role, data.classes, prep, cfg.size,
+                        model_card(cfg, role, {role: {**result, **at}}))
         print(report.epoch_line(entry, epochs, improved), flush=True)
         state["history"].append(entry)
         records.write(state["history"])
@@ -228,13 +230,16 @@ def fit(role: str, model: nn.Module, prep: models.Preprocessing, data: Data, cfg
         loss_sum.zero_()
         clock = time.monotonic()
         save()
+        if improved and role == "student" and cfg.push_to_hub and cfg.push == "every-epoch":
+            print(hub.push_folder(str(out / role), cfg.push_to_hub, f"kd: epoch {epoch + 1}", cfg.private), flush=True)
 
 
-def model_card(cfg: Config, role: str, facts: dict[str, Any]) -> str:
-    """The README.md of a saved folder."""
-    name = cfg.teacher if role == "teacher" else cfg.student
-    return models.card(name, cfg.dataset, facts, f"the {role} of a distillation at {cfg.size} px (T = "
-                       f"{cfg.temperature:g}, λ = {cfg.kd_weight:g}, teacher `{cfg.teacher}`, seed {cfg.seed})")
+def model_card(cfg: Config, role: str, rows: dict[str, dict[str, Any]]) -> str:
+    """The README.md of a saved folder. rows: its own scores on validation, or in the end everybody's on test."""
+    return card.text(role, rows, teacher=cfg.teacher, student=cfg.student, pretrained=cfg.teacher_weights == "imagenet",
+                     dataset=cfg.dataset, size=cfg.size, epochs=cfg.epochs, teacher_epochs=cfg.teacher_epochs,
+                     temperature=cfg.temperature, kd_weight=cfg.kd_weight, seed=cfg.seed, repo=cfg.push_to_hub,
+                     command=cli.command(cfg, RECIPES, FREE_ON_RESUME))
 
 
 def main(cfg: Config) -> dict[str, Any]:
@@ -242,14 +247,15 @@ def main(cfg: Config) -> dict[str, Any]:
     cli.check(cfg)
     models.check("teacher", cfg.teacher, cfg.teacher_weights)
     models.check("student", cfg.student)
+    hub.check(cfg.push_to_hub)
 
     # 1 runtime
     commit = runtime.commit()  # of the code that runs, asked before anybody can change it
     run = runtime.start(cfg.device, cfg.amp, cfg.compile)
     distributed.join(run.device, cfg.batch_size, cfg.accumulate)
-    out, state = distributed.from_first(lambda: checkpoint.open_run(
-        Path(cfg.out or f"runs/{cfg.recipe}"), dataclasses.asdict(cfg), FREE_ON_RESUME,
-        cfg.resume or distributed.restarted(), cfg.overwrite))
+    settings, out = dataclasses.asdict(cfg), Path(cfg.out or f"runs/{cfg.recipe}")
+    state = distributed.from_first(lambda: checkpoint.open_run(
+        out, settings, FREE_ON_RESUME, cfg.resume or distributed.restarted(), cfg.overwrite))
     state = state or {"history": [], "done": [], "seconds": 0.0}
     if (out / "result.json").exists() and ((out / page.PAGE).exists() or not state["done"]):
         print(f"{out} is finished: nothing to do")
@@ -282,11 +288,9 @@ def main(cfg: Config) -> dict[str, Any]:
     teacher_prep = models.preprocessing(teacher_model)._replace(crop_pct=prep.crop_pct)
     same = teacher_prep.interpolation == prep.interpolation
     teacher_data = data if same else decoded(teacher_prep.interpolation)
-    distributed.agree(dataset=data.train.frames.digest + data.test.frames.digest,
-                      teacher_weights=models.digest(teacher_model),
-                      **{name: value for name, value in dataclasses.asdict(cfg).items()
-                         if name not in FREE_ON_RESUME | {"dataset", "teacher_weights"}})
-    checkpoint.write_atomic(out / "config.json", json.dumps(dataclasses.asdict(cfg), indent=2).encode())
+    distributed.agree({**settings, "dataset": data.train.frames.digest + data.test.frames.digest,
+                       "teacher_weights": models.digest(teacher_model)}, FREE_ON_RESUME)
+    checkpoint.write_atomic(out / "config.json", json.dumps(settings, indent=2).encode())
     print(f"{run.line} | {dataset.name}: {len(data.train)} + {len(data.validation)} + "
           f"{len(data.test)} pictures, {len(data.classes)} classes, {cfg.size} px | teacher {cfg.teacher} "
           f"({models.parameters(teacher_model):,}) | student {cfg.student} ({models.parameters(student):,}) | "
@@ -373,23 +377,21 @@ def main(cfg: Config) -> dict[str, Any]:
     rates = [entry["images_per_second"] for entry in state["history"] if entry["role"] == "student"]
     result = {**rows, "images_per_second": float(np.median(rates)), "seconds": records.seconds(),
               "teacher_batches": distributed.total(known.teacher_batches), "topk_dropped": known.dropped_share(),
-              "config": dataclasses.asdict(cfg), "environment": runtime.environment(), "commit": commit}
+              "config": settings, "environment": runtime.environment(), "commit": commit}
     if distributed.rank():
         return result
-    for role, row in rows.items():
+    for role in rows:
         if (out / role).exists():
-            checkpoint.write_atomic(out / role / "README.md", model_card(cfg, role, row).encode())
+            checkpoint.write_atomic(out / role / "README.md", model_card(cfg, role, rows).encode())
     if (out / "result.json").exists():  # the run had ended, but for its page
         result = json.loads((out / "result.json").read_text())
     checkpoint.write_atomic(out / "result.json", json.dumps(result, indent=2).encode())
     # after result.json, which a fault in drawing must not cost; --resume comes back here until the page stands
-    sheet = page.view_sheet(data.train.frames.read, data.train.labels, rounds, seed=cfg.seed, size=cfg.size,
-                            spec=SPECS[cfg.augment], device=run.device)
-    page.keep(out, test_logits, data.test.labels, data.classes, dataset.splits["test"].where, data.test.frames.read,
-              cfg.size, *sheet)
-    print(f"report: {page.write(out)}")
+    print("report:", page.draw(out, test_logits, data, dataset.splits["test"].where, rounds, cfg.seed, cfg.size,
+                               SPECS[cfg.augment]))
     if cfg.push_to_hub:
-        print(hub.push_folder(str(out / "student"), cfg.push_to_hub, "kd: the best student by validation accuracy"))
+        print(hub.push_folder(str(out / "student"), cfg.push_to_hub, "kd: the best student by validation accuracy",
+                              cfg.private))
     return result
 
 

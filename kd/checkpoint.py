@@ -109,8 +109,8 @@ def _sweep(out: Path) -> None:
 
 
 def open_run(out: Path, config: dict[str, Any], free: set[str], resume: bool, overwrite: bool,
-             ) -> tuple[Path, dict[str, Any] | None]:
-    """The folder of a run, made if need be, and its checkpoint under `resume`, else None.
+             ) -> dict[str, Any] | None:
+    """Make the folder of a run, if need be; return its checkpoint under `resume`, else None.
 
     What makes it a run is its config.json, which the caller writes once the data and the models are known to be good.
     Raises BadInput where the folder holds another run and neither `resume` nor `overwrite` is given, where it holds
@@ -129,7 +129,7 @@ def open_run(out: Path, config: dict[str, Any], free: set[str], resume: bool, ov
                            for name, value in config.items() if name not in free and before.get(name) != value]
                 if changed:
                     raise BadInput(f"--resume: another setting makes another run: {', '.join(changed)}")
-                return out, load(out / "last.ckpt")
+                return load(out / "last.ckpt")
             if not overwrite:
                 raise BadInput(f"--out {out}: holds another run; go on with --resume, replace it with --overwrite, or "
                                f"give another folder")
@@ -142,4 +142,4 @@ def open_run(out: Path, config: dict[str, Any], free: set[str], resume: bool, ov
         raise BadInput(f"--out {out}: {error.strerror}; give a folder that can be written") from error
     except ValueError as error:
         raise BadInput(f"{record}: not readable ({error}); replace the run with --overwrite") from error
-    return out, None
+    return None

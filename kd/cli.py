@@ -10,12 +10,15 @@ import difflib
 import json
 import math
 import os
+import shlex
 import sys
+from pathlib import Path
 from typing import Any, Callable, NoReturn
 
 from kd import BadInput, TrainingFault
 
 RANK = int(os.environ.get("RANK", "0"))  # of this process, under torchrun
+CACHE_DIR = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "kd")
 
 
 def flag(default: Any, help: str, choices: tuple[str, ...] = (), low: float = -math.inf, high: float = math.inf,
@@ -97,6 +100,24 @@ def parse_config(config_class: type, recipes: dict[str, dict[str, Any]], argv: l
     config = config_class(**{**recipes.get(recipe, {}), **flags, "recipe": recipe})
     check(config)
     return config
+
+
+def command(config: Any, recipes: dict[str, dict[str, Any]], skip: set[str]) -> str:
+    """The shortest command that gives `config` again, but for the flags in `skip`: a pure function of `config`.
+
+    Of a path only the last part is named: where a file lies on one machine is nobody's business on another.
+    """
+    settings = {field.name: field.default for field in dataclasses.fields(config)} | recipes.get(config.recipe, {})
+    words = ["python", "train.py"]
+    for name, value in dataclasses.asdict(config).items():
+        if name not in skip and value != settings[name]:
+            words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [base_name(str(value))])
+    return shlex.join(words)
+
+
+def base_name(value: str) -> str:
+    """The last part of what is clearly a path; `owner/name`, which the Hub's ids look like, stays as it is."""
+    return Path(value).name if value.startswith(("/", "~", ".")) or value.count("/") > 1 else value
 
 
 def fail(message: object, status: int, program: str = "train.py") -> NoReturn:

@@ -57,6 +57,11 @@ def open_dataset(name: str, seed: int = 0, say: Say = print) -> Dataset:
     return _with_three_splits(found, seed, say)
 
 
+def hub_id(name: str) -> str | None:
+    """The Hub's id of what `open_dataset(name)` opens; None for the drawn leaves and for what is on this machine."""
+    return None if name == "leaves" or Path(name).expanduser().exists() else ALIASES.get(name, name)
+
+
 # Splits
 
 def _with_three_splits(found: Dataset, seed: int, say: Say) -> Dataset:

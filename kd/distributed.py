@@ -60,15 +60,15 @@ def from_first(make: Callable[[], T]) -> T:
     return told[0]
 
 
-def agree(**facts: Any) -> None:
-    """Raise BadInput in every rank where `facts` are not the same in all."""
+def agree(facts: dict[str, Any], free: set[str]) -> None:
+    """Raise BadInput in every rank where `facts`, but for those in `free`, are not the same in all."""
     if world() == 1:
         return
     told: list[Any] = [None] * world()
     dist.all_gather_object(told, facts)
     for name, value in facts.items():
         for other, theirs in enumerate(told):
-            if theirs[name] != told[0][name]:
+            if name not in free and theirs[name] != told[0][name]:
                 raise BadInput(f"--{name.replace('_', '-')}: rank 0 has {told[0][name]}, rank {other} has "
                                f"{theirs[name]}; start every rank with the same flags, data and weights")
 

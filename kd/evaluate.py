@@ -1,58 +1,87 @@
-"""Scores of a classifier from its logits: accuracy, macro-F1, NLL, calibration, agreement with the teacher.
+"""All the scores of a saved model on any split of a data set:
 
-Logits are collected once (kd/predict.py) and scored on the host in float64; nothing is averaged over batches, so a
-ragged last batch weighs what it should.
+    python -m kd.evaluate runs/demo/student --dataset leaves [--split test|validation|train] [--json]
+
+Decoder, cache, precision and batches are those of train.py, and so on one machine are the numbers.
 """
 
+import argparse
+import json
+import sys
 from typing import Any
 
-import numpy as np
+import torch
+from torch import nn
+
+from kd import BadInput, TrainingFault, cli, models, report, runtime
+from kd.data import open_dataset
+from kd.images import Data, decode
+from kd.predict import predict
+from kd.scores import scores
+
+SPLITS = ("train", "validation", "test")
 
 
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Row-wise, float64, stable for logits of any size."""
-    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which model, and which pictures."""
+    parser.add_argument("model", metavar="PATH", help="folder that train.py saved, such as runs/demo/student")
+    parser.add_argument("--dataset", required=True, help="leaves, a Hub dataset id, or a folder, as for train.py")
+    parser.add_argument("--split", choices=SPLITS, default="test", help="default: test")
+    parser.add_argument("--cache-dir", default=cli.CACHE_DIR, help="where decoded images are kept")
+    parser.add_argument("--seed", type=int, default=0, help="the run's; it carves missing splits (default: 0)")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
 
 
-def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
-    """`(C, C)` int64: row is the true class, column the predicted one."""
-    return np.bincount(labels * classes + predicted, minlength=classes * classes).reshape(classes, classes)
+def open_both(folder: str, dataset: str, seed: int, cache_dir: str,
+              ) -> tuple[nn.Module, models.Preprocessing, int, Data]:
+    """A saved model in eval mode, its preprocessing and input size, and the data set decoded as it wants it.
+
+    Raises BadInput where either cannot be used, or where their classes differ.
+    """
+    model, prep, size, classes = models.open_saved(folder)
+    opened = open_dataset(dataset, seed, say=_to_stderr)
+    if opened.classes != classes:
+        raise BadInput(f"--dataset {dataset}: its classes ({_short(opened.classes)}) are not those of {folder} "
+                       f"({_short(classes)}); give the data set that the model was trained on")
+    return model, prep, size, decode(opened, size=size, crop_pct=prep.crop_pct, interpolation=prep.interpolation,
+                                     cache_dir=cache_dir, say=_to_stderr)
 
 
-def macro_f1(confusion: np.ndarray) -> float:
-    """The mean over classes of F1 = 2·TP / (2·TP + FP + FN); a class that is neither true nor predicted counts 0."""
-    hits = np.diag(confusion)
-    return float(np.mean(2 * hits / np.maximum(confusion.sum(axis=0) + confusion.sum(axis=1), 1)))
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)  # stdout is for the result
 
 
-def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> float:
-    """Expected calibration error (Guo et al. 2017, eq. 3) with `bins` equal-width bins of the top probability."""
-    place = np.minimum((confidence * bins).astype(int), bins - 1)
-    gaps = [abs(correct[place == b].mean() - confidence[place == b].mean()) * (place == b).mean()
-            for b in range(bins) if (place == b).any()]
-    return float(sum(gaps))
+def _short(classes: tuple[str, ...]) -> str:
+    return ", ".join(classes[:5]) + (f", … {len(classes)} in all" if len(classes) > 5 else "")
 
 
-def scores(logits: np.ndarray, labels: np.ndarray, teacher_logits: np.ndarray | None = None) -> dict[str, Any]:
-    """All scores of logits `(N, C)` against labels `(N,)`; plain floats and lists, ready for JSON."""
-    logp = log_softmax(logits)
-    predicted = logits.argmax(axis=1)
-    confusion = confusion_matrix(labels, predicted, logits.shape[1])
-    correct = int(np.trace(confusion))
-    result = {
-        "accuracy": correct / len(labels), "correct": correct, "total": len(labels),
-        "macro_f1": macro_f1(confusion),
-        "loss": float(-logp[np.arange(len(labels)), labels].mean()),
-        "calibration_error": calibration_error(np.exp(logp.max(axis=1)), predicted == labels),
-        "confusion": confusion.tolist(),
-    }
-    if teacher_logits is not None:
-        result["agreement_with_teacher"] = float(np.mean(teacher_logits.argmax(axis=1) == predicted))
+def main(argv: list[str]) -> dict[str, Any]:
+    """Prints the scores, and returns them. Raises BadInput, and TrainingFault for a full disk."""
+    parser = cli.OneLineParser(prog="python -m kd.evaluate", description=__doc__, allow_abbrev=False,
+                               formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_flags(parser)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="default: auto, as in "
+                        "training; another precision may move a picture near the border")
+    args = parser.parse_args(argv)
+    run = runtime.start(args.device, args.amp, "off")
+    model, prep, size, data = open_both(args.model, args.dataset, args.seed, args.cache_dir)
+    split = getattr(data, args.split)
+    placed = model.to(run.device).to(memory_format=torch.channels_last)  # as train.py has it, to the last bit
+    logits = predict(placed, split.frames.read, len(split), prep, size, run, args.split)
+    result = {"model": args.model, "dataset": args.dataset, "split": args.split, **scores(logits, split.labels)}
+    if args.json:
+        print(json.dumps(result))
+    else:
+        print(report.confusion_table(result["confusion"], data.classes))
+        print(f"{args.model} on {args.split} of {args.dataset}: {100 * result['accuracy']:.1f} % "
+              f"({result['correct']}/{result['total']}), macro-F1 {result['macro_f1']:.3f}, loss {result['loss']:.3f}, "
+              f"calibration error {result['calibration_error']:.3f}")
     return result
 
 
-def chance_level(labels: np.ndarray) -> float:
-    """The accuracy that a constant answer reaches within two standard errors: below it a teacher knows nothing."""
-    share = np.bincount(labels).max() / len(labels)
-    return float(share + 2 * np.sqrt(share * (1 - share) / len(labels)))
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (BadInput, TrainingFault) as error:
+        cli.fail(error, error.status, "kd.evaluate")

@@ -1,12 +1,18 @@
 """The Hugging Face Hub's two questions that need care: is it there, and where does a finished folder go."""
 
 import os
+import re
+import sys
 import threading
 import urllib.error
 import urllib.request
 
 import huggingface_hub
-from huggingface_hub import constants
+from huggingface_hub import constants, utils
+
+from kd import BadInput
+
+PATIENCE = 600.0  # seconds for an upload: the client itself would wait for a silent server for ever
 
 
 def reachable(timeout: float = 8.0) -> bool:
@@ -17,6 +23,14 @@ def reachable(timeout: float = 8.0) -> bool:
     """
     if constants.HF_HUB_OFFLINE:
         return False
+    if not _answers(timeout):
+        constants.HF_HUB_OFFLINE = True
+        os.environ["HF_HUB_OFFLINE"] = "1"  # `datasets` reads the environment when it is imported
+        return False
+    return True
+
+
+def _answers(timeout: float) -> bool:
     answered = threading.Event()
 
     def ask() -> None:
@@ -33,25 +47,48 @@ def reachable(timeout: float = 8.0) -> bool:
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     asking.join(timeout)
-    if not answered.is_set():
-        constants.HF_HUB_OFFLINE = True
-        os.environ["HF_HUB_OFFLINE"] = "1"  # `datasets` reads the environment when it is imported
     return answered.is_set()
+
+
+def check(repo: str) -> None:
+    """Raise BadInput for a `--push-to-hub` that names no repository: ask early, not after hours of training."""
+    if not repo:
+        return
+    if re.search(r"hf_\w{20}", repo):  # it would be written to config.json; so it is not repeated here either
+        raise BadInput("--push-to-hub: that is an access token; give the repository, such as someone/student, and the "
+                       "token to `hf auth login` or in HF_TOKEN")
+    try:
+        utils.validate_repo_id(repo)
+    except ValueError as error:
+        raise BadInput(f"--push-to-hub {repo}: names no repository; give one such as someone/student") from error
 
 
 def push_folder(folder: str, repo: str, message: str, private: bool = False) -> str:
     """Upload a saved folder to the Hub's `repo` (made if need be); returns one line that says how it went.
 
-    An upload that fails must never harm the run whose result it carries, so every failure becomes that line.
+    An upload that fails must never harm the run whose result it carries, so every failure becomes that line, and so
+    does an upload that has not ended after PATIENCE seconds.
     """
-    try:
-        if not reachable():
-            return f"not pushed: the Hub at {constants.ENDPOINT} cannot be reached; {folder} is complete"
-        api = huggingface_hub.HfApi()
-        repo_id = api.create_repo(repo, exist_ok=True, private=private).repo_id
-        api.upload_folder(folder_path=folder, repo_id=repo_id, commit_message=message)
-        return f"pushed {folder} to {constants.ENDPOINT}/{repo_id}"
-    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
-        if huggingface_hub.get_token() is None:
-            return f"not pushed: no login; run `hf auth login` or set HF_TOKEN, then push {folder}"
-        return f"not pushed: {str(error).splitlines()[0]}; {folder} is complete"
+    if constants.HF_HUB_OFFLINE or not _answers(8.0):
+        return f"not pushed: the Hub at {constants.ENDPOINT} cannot be reached; {folder} is complete"
+    said = [f"not pushed: the Hub did not take it within {PATIENCE:.0f} s; {folder} is complete"]
+
+    def upload() -> None:
+        try:
+            if not sys.stderr.isatty():
+                utils.disable_progress_bars()
+            api = huggingface_hub.HfApi()
+            repo_id = api.create_repo(repo, exist_ok=True, private=private or None).repo_id
+            api.upload_folder(folder_path=folder, repo_id=repo_id, commit_message=message)
+            said.append(f"pushed {folder} to {constants.ENDPOINT}/{repo_id}")
+        except Exception as error:  # the client, its HTTP library and its storage library each raise their own kinds
+            if huggingface_hub.get_token() is None:
+                said.append(f"not pushed: no login; run `hf auth login` or set HF_TOKEN, then push {folder}")
+            else:
+                text = " ".join(str(error).split()) or type(error).__name__
+                said.append(f"not pushed: {text if len(text) <= 200 else text[:199] + '…'}; {folder} is complete")
+
+    uploading = threading.Thread(target=upload, daemon=True)
+    uploading.start()
+    uploading.join(PATIENCE)
+    return said[-1]

@@ -226,13 +226,3 @@ def open_saved(folder: str) -> tuple[nn.Module, Preprocessing, int, tuple[str, .
     if not (Path(folder) / "model.safetensors").is_file():
         raise BadInput(f"{folder}: model.safetensors is missing; give a folder that train.py saved")
     return create("model", name, classes, folder, say=lambda line: None).eval(), prep, size, classes
-
-
-def card(name: str, dataset: str, facts: dict[str, Any], what: str) -> str:
-    """A model card: YAML for the Hub, what the model is, how to load it, and a table of `facts`."""
-    meta = {"library_name": "timm", "license": "apache-2.0", "datasets": [dataset], "metrics": ["accuracy", "f1"],
-            "tags": ["image-classification", "knowledge-distillation", "timm"]}
-    yaml = "\n".join(f"{key}: {json.dumps(value)}" for key, value in meta.items())
-    table = "\n".join(f"| {key} | {value} |" for key, value in facts.items() if not isinstance(value, list))
-    return (f"---\n{yaml}\n---\n# {name} on {dataset}\n\n`{name}`, {what}.\n\n"
-            f'Load it with `timm.create_model("local-dir:FOLDER", pretrained=True)`.\n\n| | |\n|---|---|\n{table}\n')

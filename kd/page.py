@@ -30,8 +30,8 @@ from kd import BadInput, cli
 from kd.augment import Spec, load_views
 from kd.checkpoint import write_atomic
 from kd.compare import PREDICTIONS, ROLES, read_predictions, read_result
-from kd.evaluate import log_softmax
-from kd.images import center_crop
+from kd.scores import log_softmax
+from kd.images import Data, center_crop
 
 PAGE = "report.html"
 SHOWN = 8        # pictures of each kind of error
@@ -104,6 +104,18 @@ def keep(out: Path, logits: dict[str, np.ndarray], labels: np.ndarray, classes: 
              names=np.array([where(i) for i in range(len(labels))], np.str_), pictures=pictures, views=views,
              view_labels=view_labels, **{role: logits[role].astype(np.float32) for role in logits})  # type: ignore
     write_atomic(out / PREDICTIONS, buffer.getvalue())
+
+
+def draw(out: Path, logits: dict[str, np.ndarray], data: Data, where: Callable[[int], str], rounds: int, seed: int,
+         size: int, spec: Spec) -> Path:
+    """Keep what the page shows of a run that has written its result.json, and draw it; returns the page's path.
+
+    logits: on test, `(N, C)` by role; where: names a test sample; rounds, seed, size, spec: of the run's views.
+    """
+    views, view_labels = view_sheet(data.train.frames.read, data.train.labels, rounds, seed=seed, size=size, spec=spec,
+                                    device=torch.device("cpu"))
+    keep(out, logits, data.test.labels, data.classes, where, data.test.frames.read, size, views, view_labels)
+    return write(out)
 
 
 # ---- plots ----

@@ -113,11 +113,11 @@ def open_run(out: Path, config: dict, resume: bool = False, overwrite: bool = Fa
 
 def test_a_run_is_never_overwritten_by_accident(tmp_path):
     out = tmp_path / "run"
-    assert open_run(out, {"lr": 1.0, "out": "a"}) == (out, None)
+    assert open_run(out, {"lr": 1.0, "out": "a"}) is None
     with pytest.raises(BadInput, match="--resume.*--overwrite"):
         open_run(out, {"lr": 1.0, "out": "a"})
     checkpoint.save(out / "last.ckpt", STATE)
-    _, state = open_run(out, {"lr": 1.0, "out": "b"}, resume=True)
+    state = open_run(out, {"lr": 1.0, "out": "b"}, resume=True)
     assert state is not None and same(state, STATE)
     with pytest.raises(BadInput, match=r"--lr 2\.0 \(was 1\.0\)"):
         open_run(out, {"lr": 2.0, "out": "a"}, resume=True)

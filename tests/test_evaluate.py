@@ -1,10 +1,20 @@
-"""Scores against values worked out by hand, and against torch where it has the same quantity."""
+"""Scores against values worked out by hand, and against torch where it has the same quantity; the command line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 
-from kd.evaluate import calibration_error, chance_level, confusion_matrix, macro_f1, scores
+import train
+from kd import BadInput, evaluate
+from kd.scores import calibration_error, chance_level, confusion_matrix, macro_f1, scores
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_scores_of_a_small_case():
@@ -41,3 +51,44 @@ def test_calibration_error_by_hand():
 def test_chance_is_the_largest_class_and_two_standard_errors():
     assert np.isclose(chance_level(np.array([0] * 50 + [1] * 50)), 0.5 + 2 * 0.05)
     assert chance_level(np.array([0] * 90 + [1] * 10)) > 0.9
+
+
+@pytest.fixture
+def trained(tiny):
+    return tiny, train.main(tiny)
+
+
+def test_the_command_gives_the_numbers_of_the_run(trained, capsys):
+    config, result = trained
+    student, flags = f"{config.out}/student", ["--cache-dir", config.cache_dir, "--device", "cpu", "--amp", "off"]
+    capsys.readouterr()
+    found = evaluate.main([student, "--dataset", config.dataset, "--json", *flags])
+    assert json.loads(capsys.readouterr().out) == found
+    row = result["student"]
+    for name in ("accuracy", "correct", "total", "macro_f1"):
+        assert found[name] == row[f"test_{name}"]
+    for name in ("loss", "calibration_error", "confusion"):
+        assert found[name] == row[name]  # to the last bit
+    history = [json.loads(line) for line in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]
+    best = max((entry for entry in history if entry["role"] == "student"), key=lambda entry: entry["accuracy"])
+    found = evaluate.main([student, "--dataset", config.dataset, "--split", "validation", *flags])
+    assert {name: found[name] for name in ("accuracy", "loss", "macro_f1")} == {
+        name: best[name] for name in ("accuracy", "loss", "macro_f1")}
+    said = capsys.readouterr().out
+    assert f"{100 * found['accuracy']:.1f} % ({found['correct']}/12)" in said and "true class" in said
+    assert evaluate.main([student, "--dataset", config.dataset, "--split", "train", *flags])["total"] == 42
+
+
+def test_bad_input_is_one_line_and_status_2(trained, tmp_path):
+    config, _ = trained
+    student = f"{config.out}/student"
+    for arguments, said in (([str(tmp_path / "none"), "--dataset", config.dataset], "no saved model"),
+                            ([student, "--dataset", "leaves"], r"its classes \(angular_leaf_spot, .* are not those of"),
+                            ([student, "--dataset", config.dataset, "--split", "tset"], "--split"),
+                            ([student], "--dataset")):
+        with pytest.raises(BadInput, match=said):
+            evaluate.main([*arguments, "--cache-dir", config.cache_dir])
+    done = subprocess.run([sys.executable, "-m", "kd.evaluate", student, "--dataset", "leaves"], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stdout == ""
+    assert done.stderr.startswith("kd.evaluate: error: --dataset leaves: its classes")

@@ -12,9 +12,13 @@ STANDS_ON = {
     "models": {"distributed", "hub"},
     "batches": {"distributed", "models", "augment", "images", "logits", "runtime"},
     "checkpoint": {"distributed"}, "report": {"checkpoint", "cli", "compare", "distributed"}, "compare": {"cli"},
-    "page": {"augment", "checkpoint", "cli", "compare", "evaluate", "images"},
+    "page": {"augment", "checkpoint", "cli", "compare", "scores", "images"},
     "bench_loss": {"losses"},
     "predict": {"distributed", "models", "images", "pictures", "report", "runtime", "cli"},
+    "card": {"data"},
+    # command lines over what train.py itself is made of
+    "evaluate": {"scores", "models", "data", "images", "predict", "report", "runtime", "cli"},
+    "export": {"evaluate", "models", "images", "report", "runtime", "cli"},
 }
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 import train
 from kd import BadInput, page
 from kd.augment import SPECS, load_views
-from kd.evaluate import calibration_error, log_softmax, scores
+from kd.scores import calibration_error, log_softmax, scores
 from tests import browser
 
 ROOT = Path(__file__).parent.parent

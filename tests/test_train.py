@@ -203,13 +203,14 @@ def test_the_last_line_of_the_process_is_the_result_and_a_finished_run_has_nothi
     assert third.returncode == 2 and third.stderr.count("\n") == 1 and "holds another run" in third.stderr
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_killed_run_ends_as_if_it_had_not_been(tiny, number, status):
+@pytest.mark.parametrize("number, status, kills", [
+    (signal.SIGKILL, -9, (2, 5)), (signal.SIGTERM, 143, (2,)), (signal.SIGINT, 130, (3,))])
+def test_a_killed_run_ends_as_if_it_had_not_been(tiny, number, status, kills):
     config = dataclasses.replace(tiny, epochs=12, augment="crop", views=3, save_minutes=0.0)  # save at every step
     whole = dataclasses.replace(config, out=config.out + "-whole", cache_dir=config.cache_dir + "-whole")
     train.main(whole)
     out = Path(config.out)
-    for epochs in (2, 5):  # killed twice, somewhere after that many epochs
+    for epochs in kills:  # somewhere after that many epochs
         process = subprocess.Popen(command(config, "--resume"), cwd=ROOT, stdout=subprocess.PIPE,
                                    stderr=subprocess.STDOUT)
         deadline = time.monotonic() + 120
