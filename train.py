@@ -113,7 +113,8 @@ def train_step(student: Callable[[Tensor], Tensor], optimizer: torch.optim.Optim
         with run.autocast():
             logits = student(x[part])
         soft = teacher_logits if teacher_logits is None else teacher_logits[part]
-        loss = loss_fn(logits, soft, labels[part], temperature, kd_weight) * (weight * len(logits) / len(x))
+        loss = loss_fn(logits, soft, labels[part], temperature, kd_weight)
+        loss = loss * (weight * len(logits) / len(x))
         scaler.scale(loss).backward()   # the scale keeps fp16 gradients from underflow; it is 1 in other precisions
         total += loss.detach()
     scaler.unscale_(optimizer)

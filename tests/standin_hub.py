@@ -9,6 +9,7 @@ import base64
 import hashlib
 import json
 import sys
+import time
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -25,7 +26,7 @@ class Server(ThreadingHTTPServer):
         self.private: dict[str, bool] = {}
         self.commits: list[str] = []                   # their messages
         self.large: dict[str, bytes] = {}              # LFS objects by SHA-256
-        self.refuse: dict[str, int] = {}               # a piece of an address: the status to answer; 0: hang up
+        self.refuse: dict[str, int] = {}               # a piece of an address: the status to answer; 0: hang up; -1: never
         super().__init__(*args)
 
 
@@ -65,7 +66,8 @@ class Hub(BaseHTTPRequestHandler):
         login = 401 if "/validate-yaml" not in path and not path.startswith("/large/") else 200
         status = 200 if self.headers.get("Authorization", "").startswith("Bearer ") else login
         status = next((status for piece, status in self.server.refuse.items() if piece in path), status)
-        if status == 0:
+        if status <= 0:
+            time.sleep(-10 * status)
             self.close_connection = True
         elif status != 200:
             self.send(b'{"error": "refused by the stand-in"}', status=status)
@@ -92,15 +94,16 @@ class Hub(BaseHTTPRequestHandler):
                 {**one, "actions": {"upload": {"href": f"{here}/large/{one['oid']}"}}}
                 for one in json.loads(asked)["objects"]]}).encode())
         elif path.endswith("/commit/main"):
-            files = self.server.models[model.removesuffix("/commit")]
+            model = model.removesuffix("/commit")
             for line in map(json.loads, asked.splitlines()):
                 value = line["value"]
                 if line["key"] == "header":
                     self.server.commits.append(value["summary"])
                 else:
-                    files[value["path"]] = (base64.b64decode(value["content"]) if line["key"] == "file"
-                                            else self.server.large[value["oid"]])
-            self.send(json.dumps({"commitUrl": f"{here}/commit/{COMMIT}", "commitOid": COMMIT}).encode())
+                    self.server.models[model][value["path"]] = (
+                        base64.b64decode(value["content"]) if line["key"] == "file"
+                        else self.server.large[value["oid"]])
+            self.send(json.dumps({"commitUrl": f"{here}/{model}/commit/{COMMIT}", "commitOid": COMMIT}).encode())
         else:
             self.missing("EntryNotFound")
 

@@ -90,8 +90,9 @@ def test_a_student_goes_to_the_hub_and_timm_loads_it_from_there(tiny, server, tm
     ({"/preupload/": 403}, TOKEN, "403 Forbidden"),
     ({"/api/repos/create": 500}, TOKEN, "500"),
     ({"/api/repos/create": 0}, TOKEN, "disconnected"),
-    ({"/commit/": 503}, TOKEN, "did not take it within 3 s"),  # the client tries again and again
-], ids=["no login", "401", "403", "500", "hung up", "no end"])
+    ({"/commit/": 503}, TOKEN, "503"),
+    ({"/commit/": -1}, TOKEN, "did not take it within 3 s"),
+], ids=["no login", "401", "403", "500", "hung up", "503", "no answer"])
 def test_an_upload_that_fails_is_one_line(server, tmp_path, refuse, token, said):
     folder = tmp_path / "student"
     folder.mkdir()
