@@ -1,12 +1,12 @@
-"""One rank of a run that is watched: `torchrun ... -m tests.ranks NOTES [--die-at STEP] train.py's flags`.
+"""One rank of a run that is watched: `torchrun ... -m tests.ranks NOTES [--kill SIGNAL STEP] train.py's flags`.
 
 Every rank leaves NOTES.RANK.json: the mean loss of each step, and the hash of each (epoch's view, sample) that it saw.
+With --kill, rank 1 sends itself that signal before its STEP-th step, unless torchrun has started it again.
 """
 
 import hashlib
 import json
 import os
-import signal
 import sys
 from typing import Any
 
@@ -16,14 +16,14 @@ import train
 from kd import batches, cli, distributed
 
 
-def watch(notes: dict[str, Any], die_at: int = -1) -> Any:
+def watch(notes: dict[str, Any], kill: tuple[int, int] = (0, -1)) -> Any:
     """Replace train_step and load_views by ones that write into `notes`; returns what undoes that."""
     step, load = train.train_step, batches.load_views
     notes.update(losses=[], views={})
 
     def watched_step(*args: Any, **kwargs: Any) -> Any:
-        if len(notes["losses"]) == die_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if len(notes["losses"]) == kill[1]:
+            os.kill(os.getpid(), kill[0])
         loss, norm = step(*args, **kwargs)
         notes["losses"].append(distributed.mean(loss).item())
         return loss, norm
@@ -43,11 +43,13 @@ def watch(notes: dict[str, Any], die_at: int = -1) -> Any:
 
 if __name__ == "__main__":
     path, *flags = sys.argv[1:]
-    die_at = -1
-    if flags[0] == "--die-at":
-        die_at, flags = int(flags[1]) if cli.RANK == 1 else -1, flags[2:]
+    kill = (0, -1)
+    if flags[0] == "--kill":
+        if cli.RANK == 1 and not distributed.restarted():
+            kill = (int(flags[1]), int(flags[2]))
+        flags = flags[3:]
     notes: dict[str, Any] = {}
-    watch(notes, die_at)
+    watch(notes, kill)
     cli.run(train.main, cli.parse_config(train.Config, train.RECIPES, flags, ""))
     with open(f"{path}.{cli.RANK}.json", "w") as file:
         json.dump(notes, file)

@@ -26,7 +26,7 @@ class Server(ThreadingHTTPServer):
         self.private: dict[str, bool] = {}
         self.commits: list[str] = []                   # their messages
         self.large: dict[str, bytes] = {}              # LFS objects by SHA-256
-        self.refuse: dict[str, int] = {}               # a piece of an address: the status to answer; 0: hang up; -1: never
+        self.refuse: dict[str, int] = {}               # by a piece of an address: a status; 0: hang up; -1: no answer
         super().__init__(*args)
 
 

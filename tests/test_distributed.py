@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import os
-import socket
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +24,8 @@ ROOT = Path(__file__).parent.parent
 
 
 def torchrun(ranks: int, *arguments: str, restarts: int = 0) -> subprocess.CompletedProcess:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}",
-               f"--max-restarts={restarts}", f"--master-port={port}", *arguments]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
+               f"--max-restarts={restarts}", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=150,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
 
@@ -62,14 +61,44 @@ def test_two_ranks_train_as_one_does(tiny, tmp_path, student, sync_bn, lr):
     assert np.allclose(first, second, rtol=1e-3, atol=0)
 
 
-def test_a_rank_that_dies_ends_the_job_and_a_restart_goes_on_to_the_same_end(tiny, tmp_path):
-    config = dataclasses.replace(tiny, teacher_epochs=0, epochs=3)
-    whole, broken = (dataclasses.replace(config, out=str(tmp_path / name)) for name in ("whole", "broken"))
-    assert torchrun(2, "train.py", *command_line(whole)).returncode == 0
-    died = torchrun(2, "-m", "tests.ranks", str(tmp_path / "n"), "--die-at", "7", *command_line(broken))
-    assert died.returncode == 1 and "Traceback (most recent call last):\n  File \"" + str(ROOT) not in died.stderr
+def test_a_rank_that_dies_or_is_stopped_ends_the_job_and_a_restart_goes_on_to_the_same_end(tiny, tmp_path):
+    """An epoch has 5 steps. Killed at the 8th: goes on from the 6th. Stopped three steps later: from the 9th."""
+    config = dataclasses.replace(tiny, teacher_epochs=0, epochs=3, views=0)
+    whole, broken, other = (dataclasses.replace(config, out=str(tmp_path / name))
+                            for name in ("whole", "broken", "other"))
+    notes = str(tmp_path / "notes")
+    assert torchrun(2, "-m", "tests.ranks", notes, *command_line(whole)).returncode == 0
+    order = [list(json.loads(Path(f"{notes}.{rank}.json").read_text())["views"]) for rank in (0, 1)]
+
+    began = time.monotonic()
+    died = torchrun(2, "-m", "tests.ranks", notes, "--kill", str(signal.SIGKILL.value), "7", *command_line(broken))
+    assert died.returncode == 1 and time.monotonic() - began < 60
+    assert "Traceback (most recent call last):\n  File \"" + str(ROOT) not in died.stderr
     assert "train.py: error: rank 0: another rank has ended" in died.stderr
-    again = torchrun(2, "train.py", *command_line(broken, "--resume"))
+
+    # another number of ranks, here one, goes on with the same samples in the same batches
+    shutil.copytree(broken.out, other.out)
+    alone: dict = {}
+    undo = watch(alone)
+    try:
+        train.main(dataclasses.replace(other, resume=True))
+    finally:
+        undo()
+    assert len(alone["losses"]) == 10
+    seen, left = list(alone["views"]), [one[-2 * len(one) // 3:] for one in order]
+    for size in (8, 8, 8, 8, 10) * 2:
+        batch, seen = seen[:size], seen[size:]
+        assert batch == left[0][:size // 2] + left[1][:size // 2]
+        left = [one[size // 2:] for one in left]
+
+    stopped = torchrun(2, "-m", "tests.ranks", notes, "--kill", str(signal.SIGTERM.value), "3",
+                       *command_line(broken, "--resume"))
+    assert stopped.returncode == 1 and stopped.stderr.count("train.py: error:") == 1, stopped.stderr
+    assert "exitcode  : 143" in stopped.stderr
+    at = checkpoint.read(Path(broken.out) / "last.ckpt")["at"]
+    assert (at["epoch"], at["step"]) == (1, 4)  # the step that rank 1 was in, and both made it
+    again = torchrun(2, "-m", "tests.ranks", notes, "--kill", str(signal.SIGKILL.value), "3",
+                     *command_line(broken, "--resume"), restarts=1)
     assert again.returncode == 0, again.stderr
     identical(checkpoint.read(Path(whole.out) / "last.ckpt"), checkpoint.read(Path(broken.out) / "last.ckpt"))
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
+import torch
 import yaml
 from huggingface_hub import ModelCard
 
@@ -27,12 +29,13 @@ from kd import hub
 hub.PATIENCE = 3.0
 print(hub.push_folder(sys.argv[1], "someone/student", "a message", private=True))
 """
-LOGITS = """
-import json, sys, timm, torch
-model = timm.create_model(sys.argv[1], pretrained=True).eval()
-torch.manual_seed(0)
-print(json.dumps([model(torch.randn(2, 3, 32, 32)).tolist(), list(model.pretrained_cfg["label_names"])]))
-"""
+
+
+def answer(name: str) -> list[Any]:
+    """The logits of a model that timm finds under this name, and its labels."""
+    model = timm.create_model(name, pretrained=True).eval()
+    torch.manual_seed(0)
+    return [model(torch.randn(2, 3, 32, 32)).tolist(), list(model.pretrained_cfg["label_names"])]
 
 
 @pytest.fixture
@@ -77,10 +80,10 @@ def test_a_student_goes_to_the_hub_and_timm_loads_it_from_there(tiny, server, tm
     assert len(written) > 8 and not any(TOKEN.encode() in path.read_bytes() for path in written)
     assert TOKEN not in done.stdout + done.stderr
 
-    there = run(["-c", LOGITS, "hf-hub:someone/student"], address, tmp_path / "another home", token="")
-    here = run(["-c", LOGITS, f"local-dir:{student}"], "http://127.0.0.1:9", tmp_path / "third home", token="")
+    ask = "import json; from tests.test_hub import answer; print(json.dumps(answer('hf-hub:someone/student')))"
+    there = run(["-c", ask], address, tmp_path / "another home", token="")
     assert there.returncode == 0, there.stderr
-    assert json.loads(there.stdout) == json.loads(here.stdout)
+    assert json.loads(there.stdout) == answer(f"local-dir:{student}")
     assert json.loads(there.stdout)[1] == ["blob", "plain", "stripes"]
 
 

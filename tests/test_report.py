@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kd import BadInput, compare, report
+import train
+from kd import BadInput, cli, compare, report
 from tests.torture import command_line
 
 ROOT = Path(__file__).parent.parent
@@ -62,15 +63,16 @@ def test_colours_only_on_a_terminal_and_not_under_no_color(monkeypatch, terminal
     assert ("\x1b[31m-10.0 points\x1b[0m" in report.table(rows)) == coloured
 
 
-def test_a_quiet_run_prints_its_result_and_nothing_else(tiny):
+def test_a_quiet_run_prints_its_result_and_nothing_else(tiny, capfd):
     done = subprocess.run([sys.executable, "train.py", *command_line(dataclasses.replace(tiny, quiet=True))], cwd=ROOT,
                           capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "" and done.stdout.count("\n") == 1
     assert json.loads(done.stdout) == json.loads((Path(tiny.out) / "result.json").read_text())
-    again = subprocess.run([sys.executable, "train.py", *command_line(tiny, "--quiet")], cwd=ROOT, capture_output=True,
-                           text=True)
-    assert again.returncode == 2 and again.stdout == "" and again.stderr.count("\n") == 1
-    assert again.stderr.startswith("train.py: error: --out ") and "holds another run" in again.stderr
+    with pytest.raises(SystemExit) as left:
+        cli.run(train.main, dataclasses.replace(tiny, quiet=True))
+    said = capfd.readouterr()
+    assert left.value.code == 2 and said.out == "" and said.err.count("\n") == 1
+    assert said.err.startswith("train.py: error: --out ") and "holds another run" in said.err
 
 
 def test_a_terminal_sees_bars_of_every_part_and_a_file_none(tiny):
@@ -178,13 +180,14 @@ def test_what_is_not_a_result_is_named(tmp_path, content, told):
     assert told in str(caught.value)
 
 
-def test_the_command_takes_folders_and_files_and_refuses_in_one_line(tmp_path):
+def test_the_command_takes_folders_and_files_and_refuses_in_one_line(tmp_path, capsys):
     names = write_runs(tmp_path, a=result(0, 7, 5))
-    command = [sys.executable, "-m", "kd.report"]
-    done = subprocess.run([*command, names[0] + "/result.json"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "70.0 (7/10)" in done.stdout and done.stderr == ""
+    compare.main([names[0] + "/result.json"])
+    assert "70.0 (7/10)" in capsys.readouterr().out
     for arguments, told in (([str(tmp_path)], "result.json: No such file"), ([names[0]] * 2, "given twice"),
                             ([], "arguments are required: RUN")):
-        done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
-        assert done.stderr.startswith("kd.report: error: ") and told in done.stderr
+        with pytest.raises(BadInput, match=told):
+            compare.main(arguments)
+    done = subprocess.run([sys.executable, "-m", "kd.report", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("kd.report: error: ") and "result.json: No such file" in done.stderr

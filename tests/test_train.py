@@ -191,26 +191,24 @@ def test_the_host_waits_for_the_device_only_where_it_logs(tiny, kind):
     assert counts[0] == counts[1] > 0
 
 
-def test_the_last_line_of_the_process_is_the_result_and_a_finished_run_has_nothing_to_do(tiny):
+def test_the_last_line_of_the_process_is_the_result_and_a_finished_run_has_nothing_to_do(tiny, capsys):
     done = subprocess.run(command(tiny), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result == json.loads((Path(tiny.out) / "result.json").read_text())
-    again = subprocess.run(command(tiny, "--resume"), cwd=ROOT, capture_output=True, text=True)
-    assert again.returncode == 0 and "nothing to do" in again.stdout
-    assert json.loads(again.stdout.splitlines()[-1]) == result
-    third = subprocess.run(command(tiny), cwd=ROOT, capture_output=True, text=True)
-    assert third.returncode == 2 and third.stderr.count("\n") == 1 and "holds another run" in third.stderr
+    assert train.main(dataclasses.replace(tiny, resume=True)) == result
+    assert "nothing to do" in capsys.readouterr().out
+    with pytest.raises(BadInput, match="holds another run"):
+        train.main(tiny)
 
 
-@pytest.mark.parametrize("number, status, kills", [
-    (signal.SIGKILL, -9, (2, 5)), (signal.SIGTERM, 143, (2,)), (signal.SIGINT, 130, (3,))])
-def test_a_killed_run_ends_as_if_it_had_not_been(tiny, number, status, kills):
+def test_a_killed_run_ends_as_if_it_had_not_been(tiny):
     config = dataclasses.replace(tiny, epochs=12, augment="crop", views=3, save_minutes=0.0)  # save at every step
     whole = dataclasses.replace(config, out=config.out + "-whole", cache_dir=config.cache_dir + "-whole")
     train.main(whole)
     out = Path(config.out)
-    for epochs in kills:  # somewhere after that many epochs
+    # somewhere after that many epochs
+    for epochs, number, status in ((2, signal.SIGKILL, -9), (5, signal.SIGTERM, 143), (8, signal.SIGINT, 130)):
         process = subprocess.Popen(command(config, "--resume"), cwd=ROOT, stdout=subprocess.PIPE,
                                    stderr=subprocess.STDOUT)
         deadline = time.monotonic() + 120
