@@ -3,6 +3,7 @@
     python -m kd.bench [--json] [train.py's flags]            the loop, part by part, against the machine's limits
     python -m kd.bench compare [--json] [train.py's flags]    interleaved with the tutorial's loop, in one process
     python -m kd.bench loss [--json] [--help]                 the loss alone (see kd/bench_loss.py)
+    torchrun --standalone --nproc-per-node=N -m kd.bench ...  the first, by N ranks, and what they say to each other
 
 --rounds N (12) and --steps N (8, a round) say how long. Machines drift by a factor of two within minutes, so only what
 is measured in turns, in one process, is compared; an A/A pair (the same thing timed twice in every round) says how far
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import train
-from kd import BadInput, bench_loss, cli, fast_cpu, frozen, losses, models, report, runtime
+from kd import BadInput, bench_loss, cli, distributed, fast_cpu, frozen, losses, models, report, runtime
 from kd.batches import Batch, Teacher, ask_teacher, load_batches
 from kd.images import Data, Split
 
@@ -48,6 +49,7 @@ class Bench:
         begin = time.perf_counter()
         self.cfg, self.folder = dataclasses.replace(cfg, epochs=1), folder
         self.run = runtime.start(cfg.device, cfg.amp, cfg.compile)
+        distributed.join(self.run.device, cfg.batch_size, cfg.accumulate)
         dataset = train.open_dataset(cfg.dataset, 0, say=note)
         torch.manual_seed(0)
         self.student = self.place(models.create("student", cfg.student, dataset.classes, say=note))
@@ -87,8 +89,9 @@ class Bench:
                       stop=runtime.Stop(), records=report.Records(self.folder))
         return state["history"][0]["images_per_second"]
 
-    def batches(self, store: train.LogitStore, epoch: int = 0) -> Iterator[Batch]:
-        numbers = train.epoch_batches(0, epoch, self.samples, self.cfg.batch_size)
+    def batches(self, store: train.LogitStore) -> Iterator[Batch]:
+        """Those of `fit`'s epoch, so that of several ranks each has asked for the logits of its share."""
+        numbers = train.epoch_batches(0, 0, self.samples, self.cfg.batch_size)
         return load_batches(self.data, numbers, 0, self.teacher(store), **self.views, device=self.run.device)
 
     def wait(self) -> float:
@@ -209,6 +212,24 @@ def compare(cfg: train.Config, rounds: int, steps: int) -> dict[str, Any]:
     return result
 
 
+def communication(student: nn.Module, device: torch.device, repeats: int = 20) -> float:
+    """Milliseconds that ranks take to add up gradients of this many parameters, when nothing else goes on.
+
+    Within a step much of it passes while the backward still computes: it is at most what a step waits for.
+    """
+    gradients = torch.zeros(models.parameters(student), device=device)
+    times = []
+    for _ in range(repeats):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        distributed.mean(gradients)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    return float(np.median(times) * 1e3)
+
+
 def training_flops(student: str, size: int, device: torch.device) -> float:
     """Floating-point operations of forward and backward for one image: three forwards, twice a multiply-add."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -252,6 +273,7 @@ def parts(cfg: train.Config, rounds: int, steps: int) -> dict[str, Any]:
         whole = [bench.fit(student, store)]  # compiles, and fills the store
         startup = time.perf_counter() - begin
         whole += [bench.fit(student, store) for _ in range(rounds)]
+        model = distributed.wrap(student, bench.run.device)
         optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, fused=True)
         scaler = torch.amp.GradScaler(bench.run.device.type, enabled=bench.run.amp is torch.float16)
         spent: dict[str, list[float]] = {}
@@ -264,7 +286,7 @@ def parts(cfg: train.Config, rounds: int, steps: int) -> dict[str, Any]:
             last = now
 
         def forward(x: Tensor) -> Tensor:
-            logits = student(x)
+            logits = model(x)
             lap("student forward")
             return logits
 
@@ -276,8 +298,8 @@ def parts(cfg: train.Config, rounds: int, steps: int) -> dict[str, Any]:
         optimizer.register_step_pre_hook(lambda *_: lap("backward and clipping"))
         student.train()
         walls = []
-        for epoch in range(3):
-            stream = bench.batches(store, epoch)
+        for _ in range(3):
+            stream = bench.batches(store)
             while True:
                 start = last = bench.wait()
                 batch = next(stream, None)
@@ -299,7 +321,8 @@ def parts(cfg: train.Config, rounds: int, steps: int) -> dict[str, Any]:
         p20, p50, p80 = (float(q) for q in np.quantile(whole[1:], [0.2, 0.5, 0.8]))
         peak = (torch.cuda.max_memory_allocated() if bench.run.device.type == "cuda"
                 else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-        return {"images_per_second": {"p20": p20, "p50": p50, "p80": p80}, "milliseconds": milliseconds,
+        between = {"communication_milliseconds": communication(student, bench.run.device)} if cli.RANKS > 1 else {}
+        return {"images_per_second": {"p20": p20, "p50": p50, "p80": p80}, "milliseconds": milliseconds, **between,
                 "sum_over_wall": sum(milliseconds.values()) / wall, "wall_milliseconds": wall,
                 "peak_memory_mb": peak / 2**20, "startup_seconds": startup, **limits,
                 "roofline_share": p50 * flops / (limits["gemm_gflop_s"] * 1e9), "loss": bench.loss_name,
@@ -331,9 +354,13 @@ def main(argv: list[str]) -> int:
         if min(own.rounds, own.steps) < 2:
             raise BadInput("--rounds and --steps must be at least 2")
         cfg = cli.parse_config(train.Config, {**train.RECIPES, "demo": DEFAULTS}, flags, __doc__ or "")
+        if kind is compare and cli.RANKS > 1:
+            raise BadInput("compare: times one process against another; start it without torchrun")
         result = kind(cfg, own.rounds, own.steps)
     except BadInput as error:
         cli.fail(error, error.status, "kd.bench")
+    if cli.RANK:  # the ranks have timed the same steps
+        return 0
     if own.json:
         print(json.dumps(result))
     else:

@@ -18,6 +18,7 @@ from typing import Any, Callable, NoReturn
 from kd import BadInput, TrainingFault
 
 RANK = int(os.environ.get("RANK", "0"))  # of this process, under torchrun
+RANKS = int(os.environ.get("WORLD_SIZE", "1"))
 CACHE_DIR = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "kd")
 
 

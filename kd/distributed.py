@@ -21,14 +21,36 @@ T = TypeVar("T")
 
 
 def join(device: torch.device, batch_size: int, accumulate: int) -> None:
-    """Meet the other processes that torchrun started. Raises BadInput for a batch that they cannot share."""
+    """Meet the other processes that torchrun started.
+
+    Raises BadInput for a batch that they cannot share, and where they cannot meet: a port in use, a host out of reach.
+    """
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if batch_size % ranks or batch_size < 2 * ranks * accumulate:
         raise BadInput(f"--batch-size {batch_size}: {ranks} ranks with --accumulate {accumulate} need a multiple of "
                        f"{ranks}, of at least {2 * ranks * accumulate}")
     if ranks > 1 and not dist.is_initialized():
         # numbers that the host decides by go through gloo, so that the GPUs need not be waited for
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        try:
+            dist.init_process_group(backend, store=_store_of_this_start(), rank=int(os.environ["RANK"]),
+                                    world_size=ranks)
+        except (RuntimeError, ValueError) as error:  # torch's own network errors are RuntimeErrors
+            place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise BadInput(f"the {ranks} ranks cannot meet at {place}; start them by torchrun, with a host that all "
+                           f"reach and a free port ({str(error).splitlines()[0]})") from error
+
+
+def _store_of_this_start() -> dist.Store:
+    """Where the ranks find each other's addresses.
+
+    torchrun's store outlives the processes that it starts again, and with it the addresses of those that died: so each
+    start writes under a name of its own. Only a single agent counts them alike for all ranks; several must be started
+    with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for that (pytorch/pytorch#135712).
+    """
+    store, _, _ = next(dist.rendezvous("env://"))
+    alone = os.environ.get("GROUP_WORLD_SIZE") == "1"
+    return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0) if alone else ''}", store)
 
 
 def world() -> int:
@@ -121,14 +143,18 @@ def copy_first(model: nn.Module) -> nn.Module:
 
 
 def gather(rows: np.ndarray, count: int) -> np.ndarray:
-    """Rows of samples rank, rank + world, rank + 2·world, ... of every rank, put back in order: `(count, ...)`."""
+    """Rows of samples rank, rank + world, rank + 2·world, ... of every rank, put back in order: `(count, ...)`.
+
+    Rank 0 must have a row; another rank may have none.
+    """
     if world() == 1:
         return rows
     told: list[Any] = [None] * world()
     dist.all_gather_object(told, rows)
-    everything = np.empty((count, *rows.shape[1:]), rows.dtype)
+    everything = np.empty((count, *told[0].shape[1:]), rows.dtype)
     for other, theirs in enumerate(told):
-        everything[other::world()] = theirs
+        if len(theirs):
+            everything[other::world()] = theirs
     return everything
 
 

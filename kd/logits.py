@@ -27,6 +27,8 @@ from torch import Tensor
 
 from kd import BadInput, TrainingFault
 
+PENDING = 64 << 20  # bytes of rows that wait for `flush` at the most: what a step adds must not add up
+
 
 def pack(logits: Tensor, keep: int, temperature: float) -> tuple[Tensor, Tensor]:
     """`(B, C)` to rows `(B, 2·keep + 1)` float32: values, classes (int32, as their bits), the value of the others.
@@ -66,6 +68,7 @@ class LogitStore:
         self.dropped: list[Tensor] = []  # the probability that `keep` spread, of every sample asked for, on the device
         self._views: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._pending: list[tuple[int, np.ndarray, Tensor]] = []
+        self._waiting = 0  # bytes of these
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "key.json").write_text(text)
@@ -105,16 +108,19 @@ class LogitStore:
         return unpack(found, self.classes) if self.keep else found
 
     def put(self, view: int, samples: np.ndarray, logits: Tensor) -> Tensor:
-        """Remember what the teacher gave, and return it as `get` will; nothing is copied to the host until `flush`."""
+        """Remember what the teacher gave, and return it as `get` will; copied to the host by `flush`, many at once."""
         rows = logits.float()
         if self.keep:
             rows, dropped = pack(rows, self.keep, self.temperature)
             self.dropped.append(dropped)
         self._pending.append((view, samples, rows))
+        self._waiting += rows.nbytes
+        if self._waiting > PENDING:
+            self.flush()
         return unpack(rows, self.classes) if self.keep else rows
 
     def flush(self) -> None:
-        """Write what `put` remembered; called where the loop synchronises anyway. Raises TrainingFault: full disk."""
+        """Write what `put` remembered; called where the loop waits anyway. Raises TrainingFault: full disk."""
         try:
             for view, samples, logits in self._pending:
                 self._open(view)
@@ -128,6 +134,7 @@ class LogitStore:
             raise TrainingFault(f"--cache-dir: cannot write the logit store {self.folder}: {error.strerror}; free "
                                 f"some space, then --resume") from error
         self._pending.clear()
+        self._waiting = 0
 
     def dropped_share(self) -> float | None:
         """The mean probability at T of the classes without a value of their own, over what was asked just now."""

@@ -44,7 +44,8 @@ def predict(model: nn.Module, read: Callable[[np.ndarray], np.ndarray], total: i
             pixels = torch.from_numpy(center_crop(frames, size)).to(run.device).permute(0, 3, 1, 2)
             batches.append(model(models.normalize(pixels, prep)).float())
             bar.update(len(frames))
-    rows = torch.cat(batches).cpu().numpy()  # one host-device synchronisation for the whole split
+    # one host-device synchronisation for the whole split; a rank may have nothing of a small one
+    rows = torch.cat(batches).cpu().numpy() if batches else np.empty((0, 0), np.float32)
     return distributed.gather(rows, total)
 
 

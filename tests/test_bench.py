@@ -2,6 +2,10 @@
 
 import copy
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +13,9 @@ import torch
 
 import train
 from kd import bench, losses, runtime
+
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -36,6 +43,16 @@ def test_the_parts_are_the_whole(flags, capsys):
     assert abs(result["sum_over_wall"] - 1) < 0.03
     assert result["images_per_second"]["p20"] <= result["images_per_second"]["p80"]
     assert result["startup_seconds"] > 0 and result["peak_memory_mb"] > 50
+
+
+def test_ranks_are_timed_together_and_what_they_say_to_each_other(flags):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "kd.bench"]
+    done = subprocess.run([*command, "--json", *flags], cwd=ROOT, capture_output=True, text=True, timeout=150,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    result, = map(json.loads, done.stdout.splitlines())  # one of them speaks
+    assert "× 2 ranks" in result["line"] and result["communication_milliseconds"] > 0
+    assert result["images_per_second"]["p50"] > 0 and abs(result["sum_over_wall"] - 1) < 0.03
 
 
 def test_the_tutorials_loop_makes_the_step_of_the_reference():

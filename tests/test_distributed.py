@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 import train
-from kd import checkpoint, distributed
+from kd import BadInput, checkpoint, distributed
 from tests.ranks import watch
 from tests.torture import command_line, identical
 
@@ -115,6 +116,28 @@ def test_what_the_ranks_cannot_share_or_do_not_agree_on_is_one_line(tiny, tmp_pa
     done = torchrun(2, str(script), *command_line(tiny))
     assert "train.py: error: --lr: rank 0 has 0.001, rank 1 has 0.002" in done.stderr
     assert done.stderr.count("train.py: error:") == 1
+
+
+def test_a_port_in_use_is_named(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        for name, value in dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(BadInput, match=f"the 2 ranks cannot meet at 127.0.0.1:{port}.* a free port"):
+            distributed.join(torch.device("cpu"), 8, 1)
+    assert distributed.world() == 1
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_the_shares_of_three_ranks_are_put_back_in_order_also_where_one_has_none(monkeypatch, count):
+    rows = np.arange(2 * count).reshape(count, 2)
+    shares = [rows[rank::3] if rank < count else np.empty((0, 0), rows.dtype) for rank in range(3)]
+    monkeypatch.setattr(distributed, "world", lambda: 3)
+    monkeypatch.setattr(distributed.dist, "all_gather_object", lambda told, mine: told.__setitem__(slice(0, 3), shares))
+    for mine in shares:
+        assert np.array_equal(distributed.gather(mine, count), rows)
 
 
 @pytest.mark.parametrize("size, accumulate", [(8, 1), (8, 3), (10, 4), (2, 5)])

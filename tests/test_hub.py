@@ -35,7 +35,8 @@ def answer(name: str) -> list[Any]:
     """The logits of a model that timm finds under this name, and its labels."""
     model = timm.create_model(name, pretrained=True).eval()
     torch.manual_seed(0)
-    return [model(torch.randn(2, 3, 32, 32)).tolist(), list(model.pretrained_cfg["label_names"])]
+    declared: Any = model.pretrained_cfg
+    return [model(torch.randn(2, 3, 32, 32)).tolist(), list(declared["label_names"])]
 
 
 @pytest.fixture

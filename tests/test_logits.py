@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from kd import BadInput, TrainingFault
+from kd import BadInput, TrainingFault, logits
 from kd.logits import LogitStore, pack, unpack
 
 ROWS = torch.randn(20, 5, generator=torch.Generator().manual_seed(0))
@@ -39,6 +39,18 @@ def test_what_was_not_put_is_not_known(tmp_path):
     half.flush()
     assert half.get(0, np.arange(10)) is not None
     assert half.get(0, np.array([9, 10])) is None and half.get(1, np.arange(3)) is None
+
+
+def test_what_waits_to_be_written_stays_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(logits, "PENDING", 7 * 20)  # bytes: seven rows
+    filled = store(tmp_path)
+    filled.put(0, np.arange(7), ROWS[:7])
+    assert filled.get(0, np.arange(7)) is None
+    filled.put(0, np.arange(7, 9), ROWS[7:9])
+    found = filled.get(0, np.arange(9))
+    assert found is not None and torch.equal(found, ROWS[:9])
+    filled.put(0, np.arange(9, 12), ROWS[9:12])
+    assert filled.get(0, np.arange(9, 12)) is None
 
 
 def test_another_key_is_another_store(tmp_path):
