@@ -91,7 +91,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kd import card, checkpoint, distributed, fast_cpu, frozen, health, hub, losses, models, page, report, runtime
+from kd import card, checkpoint, distributed, fast_cpu, frozen, health, hub, losses, models, report, runtime
 from kd.augment import SPECS, Spec, epoch_batches
 from kd.batches import Teacher, ask_teacher, load_batches
 from kd.data import open_dataset
@@ -258,7 +258,7 @@ def main(cfg: Config) -> dict[str, Any]:
     state = distributed.from_first(lambda: checkpoint.open_run(
         out, settings, FREE_ON_RESUME, cfg.resume or distributed.restarted(), cfg.overwrite))
     state = state or {"history": [], "done": [], "seconds": 0.0}
-    if (out / "result.json").exists() and ((out / page.PAGE).exists() or not state["done"]):
+    if (out / "result.json").exists() and ((out / "report.html").exists() or not state["done"]):
         print(f"{out} is finished: nothing to do")
         return json.loads((out / "result.json").read_text())
     stop = runtime.Stop()
@@ -388,6 +388,7 @@ def main(cfg: Config) -> dict[str, Any]:
         result = json.loads((out / "result.json").read_text())
     checkpoint.write_atomic(out / "result.json", json.dumps(result, indent=2).encode())
     # after result.json, which a fault in drawing must not cost; --resume comes back here until the page stands
+    from kd import page  # not at the top: its plotting library takes half a second to load
     print("report:", page.draw(out, test_logits, data, dataset.splits["test"].where, rounds, cfg.seed, cfg.size,
                                SPECS[cfg.augment]))
     if cfg.push_to_hub:

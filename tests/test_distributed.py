@@ -104,15 +104,20 @@ def test_a_rank_that_dies_or_is_stopped_ends_the_job_and_a_restart_goes_on_to_th
     identical(checkpoint.read(Path(whole.out) / "last.ckpt"), checkpoint.read(Path(broken.out) / "last.ckpt"))
 
 
-def test_what_the_ranks_cannot_share_or_do_not_agree_on_is_one_line(tiny, tmp_path):
-    done = torchrun(2, "train.py", *command_line(dataclasses.replace(tiny, batch_size=9)))
-    assert done.returncode == 1 and done.stderr.count("train.py: error:") == 1
-    assert "error: --batch-size 9: 2 ranks with --accumulate 1 need a multiple of 2, of at least 4" in done.stderr
+@pytest.mark.parametrize("batch_size, accumulate, least", [(9, 1, 4), (2, 1, 4), (6, 2, 8)])
+def test_a_batch_that_the_ranks_cannot_share_is_refused(monkeypatch, batch_size, accumulate, least):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(BadInput, match=f"--batch-size {batch_size}: 2 ranks with --accumulate {accumulate} need a "
+                                       f"multiple of 2, of at least {least}"):
+        distributed.join(torch.device("cpu"), batch_size, accumulate)
+
+
+def test_what_the_ranks_do_not_agree_on_is_one_line(tiny, tmp_path, monkeypatch):
     script = tmp_path / "two_minds.py"
     script.write_text("import os, sys\nsys.argv += ['--lr', f\"0.00{1 + int(os.environ['RANK'])}\"]\n"
                       "import train\nfrom kd import cli\n"
                       "cli.run(train.main, cli.parse_config(train.Config, train.RECIPES, sys.argv[1:], ''))\n")
-    os.environ["PYTHONPATH"] = str(ROOT)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     done = torchrun(2, str(script), *command_line(tiny))
     assert "train.py: error: --lr: rank 0 has 0.001, rank 1 has 0.002" in done.stderr
     assert done.stderr.count("train.py: error:") == 1

@@ -25,7 +25,8 @@ fused_triton.CLASSES_PER_THREAD, fused_triton.MAX_ROW, fused_triton.BLOCK = 8, i
 torch.library.impl("kd::loss_and_grad_", "CPU", fused_triton.loss_and_grad_)
 torch.library.impl("kd::scale_", "CPU", fused_triton.scale_)
 losses._kernels["cpu"] = "Triton"
-sys.exit(pytest.main(["-p", "no:cacheprovider", "tests/test_losses.py", "-k", sys.argv[3]]))
+# -n 0: in this very process, where the kernels are replaced
+sys.exit(pytest.main(["-n", "0", "-p", "no:cacheprovider", "tests/test_losses.py", "-k", sys.argv[3]]))
 """
 EITHER = "sizes_and_temperatures or kinds or ignored or nothing or inplace"
 ONCE = f"{EITHER} or mixed or fp16 or any_shape or twice or one_node"
