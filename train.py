@@ -287,8 +287,7 @@ def main(cfg: Config) -> dict[str, Any]:
     teacher_model = placed(models.create("teacher", cfg.teacher, data.classes, cfg.teacher_weights))
     # one crop for both, the student's; mean, std and interpolation are each model's own
     teacher_prep = models.preprocessing(teacher_model)._replace(crop_pct=prep.crop_pct)
-    same = teacher_prep.interpolation == prep.interpolation
-    teacher_data = data if same else decoded(teacher_prep.interpolation)
+    teacher_data = data if teacher_prep.interpolation == prep.interpolation else decoded(teacher_prep.interpolation)
     distributed.agree({**settings, "dataset": data.train.frames.digest + data.test.frames.digest,
                        "teacher_weights": models.digest(teacher_model)}, FREE_ON_RESUME)
     checkpoint.write_atomic(out / "config.json", json.dumps(settings, indent=2).encode())
@@ -298,7 +297,7 @@ def main(cfg: Config) -> dict[str, Any]:
           f"loss {losses.choose_loss(cfg.loss, run.device, len(data.classes), SPECS[cfg.augment].mixup > 0)[1]}")
 
     def trained(role: str, model: nn.Module, cfg: Config, prep: models.Preprocessing, on: Data, epochs: int, lr: float,
-                kd_weight: float, teacher: Teacher | None) -> nn.Module:
+                kd_weight: float, teacher: Teacher | None = None) -> nn.Module:
         if role not in state["done"]:
             fp32 = cfg.amp == "auto" and fast_cpu.slow_in_bf16(model)
             fit(role, model, prep, on, cfg, run._replace(amp=None) if fp32 else run, out, epochs=epochs, lr=lr,
@@ -310,8 +309,7 @@ def main(cfg: Config) -> dict[str, Any]:
 
     if cfg.teacher_epochs:
         own = dataclasses.replace(cfg, augment=cfg.teacher_augment, views=0)
-        trained("teacher", teacher_model, own, teacher_prep, teacher_data, cfg.teacher_epochs, cfg.teacher_lr, 0.0,
-                None)
+        trained("teacher", teacher_model, own, teacher_prep, teacher_data, cfg.teacher_epochs, cfg.teacher_lr, 0.0)
     else:
         models.save(teacher_model, out / "teacher", data.classes, teacher_prep, cfg.size,
                     model_card(cfg, "teacher", {}))
@@ -347,8 +345,7 @@ def main(cfg: Config) -> dict[str, Any]:
                        f"chance: its soft targets would be noise; fine-tune it with --teacher-epochs, give trained "
                        f"--teacher-weights, or insist with --allow-weak-teacher")
     known = store(teacher_data.train, SPECS[cfg.augment], cfg.topk)
-    fast_teacher = frozen.fast(teacher_model, cfg.batch_size, compiled)
-    teacher = Teacher(fast_teacher, teacher_prep, teacher_data, known)
+    teacher = Teacher(frozen.fast(teacher_model, cfg.batch_size, compiled), teacher_prep, teacher_data, known)
 
     # 5 the control (the same student, the same recipe, no teacher), then the student
     contestants: dict[str, tuple[nn.Module, float, Teacher | None]] = {
@@ -373,8 +370,7 @@ def main(cfg: Config) -> dict[str, Any]:
     # 7 report
     if known.dropped:
         print(f"--topk {cfg.topk}: the other classes have {known.dropped_share():.2e} of the teacher's probability")
-    print(report.confusion_table(rows["student"]["confusion"], data.classes))
-    print(report.table(rows))
+    print(report.confusion_table(rows["student"]["confusion"], data.classes), report.table(rows), sep="\n")
     rates = [entry["images_per_second"] for entry in state["history"] if entry["role"] == "student"]
     result = {**rows, "images_per_second": float(np.median(rates)), "seconds": records.seconds(),
               "teacher_batches": distributed.total(known.teacher_batches), "topk_dropped": known.dropped_share(),
