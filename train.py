@@ -219,8 +219,7 @@ def fit(role: str, model: nn.Module, prep: models.Preprocessing, data: Data, cfg
                  **{key: result[key] for key in ("accuracy", "macro_f1", "loss", "calibration_error", "correct")},
                  "lr": lr, "images_per_second": samples / seconds, "seconds": seconds, "elapsed": records.seconds(),
                  "teacher_batches": distributed.total(teacher.store.teacher_batches) if teacher else 0}
-        improved = result["accuracy"] > at["best"]
-        if improved:
+        if improved := (result["accuracy"] > at["best"]):
             at.update(best=result["accuracy"], best_epoch=epoch + 1)
             models.save(model, out / role, data.classes, prep, cfg.size,
                         model_card(cfg, role, {role: {**result, **at}}))
@@ -258,11 +257,17 @@ def main(cfg: Config) -> dict[str, Any]:
     state = distributed.from_first(lambda: checkpoint.open_run(
         out, settings, FREE_ON_RESUME, cfg.resume or distributed.restarted(), cfg.overwrite))
     state = state or {"history": [], "done": [], "seconds": 0.0}
+
+    def push() -> None:
+        if cfg.push_to_hub and not distributed.rank():
+            print(hub.push_folder(str(out / "student"), cfg.push_to_hub, "kd: the best student by validation accuracy",
+                                  cfg.private))
+
     if (out / "result.json").exists() and ((out / "report.html").exists() or not state["done"]):
         print(f"{out} is finished: nothing to do")
+        push()
         return json.loads((out / "result.json").read_text())
-    stop = runtime.Stop()
-    stop.install()
+    stop = runtime.Stop().install()
     records = report.Records(out, state["seconds"])
 
     def placed(model: nn.Module) -> nn.Module:
@@ -387,9 +392,7 @@ def main(cfg: Config) -> dict[str, Any]:
     from kd import page  # not at the top: its plotting library takes half a second to load
     print("report:", page.draw(out, test_logits, data, dataset.splits["test"].where, rounds, cfg.seed, cfg.size,
                                SPECS[cfg.augment]))
-    if cfg.push_to_hub:
-        print(hub.push_folder(str(out / "student"), cfg.push_to_hub, "kd: the best student by validation accuracy",
-                              cfg.private))
+    push()
     return result
 
 

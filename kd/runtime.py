@@ -94,10 +94,11 @@ class Stop:
     def __init__(self) -> None:
         self.signal = 0
 
-    def install(self) -> None:
-        """Take over both signals for the rest of the process (the main thread's business only)."""
+    def install(self) -> "Stop":
+        """Take over both signals for the rest of the process (the main thread's business only); returns itself."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._received)
+        return self
 
     def heed(self, *_: Any) -> None:
         """Raise Stopped if a signal came; what the work at hand calls when nothing needs saving (or has been)."""

@@ -116,6 +116,11 @@ def test_a_run_whose_uploads_fail_ends_as_any_other(tiny, server, tmp_path):
     result = json.loads((Path(config.out) / "result.json").read_text())
     assert json.loads(done.stdout.splitlines()[-1]) == result
 
+    server.refuse = {}  # the run is finished, and is pushed all the same
+    again = run(["train.py", *command_line(config, "--resume")], standin_hub.address_of(server), tmp_path / "home")
+    assert again.returncode == 0 and "nothing to do\npushed " in again.stdout
+    assert server.commits == ["kd: the best student by validation accuracy"]
+
 
 @pytest.mark.parametrize("repo, said", [("a/b/c", "names no repository"), ("my student", "names no repository"),
                                         (TOKEN, "is an access token"), (f"someone/{TOKEN}", "is an access token")])
