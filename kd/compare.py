@@ -19,7 +19,8 @@ from kd import BadInput, cli
 ROLES = ("teacher", "control", "student")
 PREDICTIONS = "predictions.npz"
 # settings that decide where a run writes and what it prints, but not what comes out; a recipe is a name for others
-ELSEWHERE = {"seed", "recipe", "out", "resume", "overwrite", "cache_dir", "save_minutes", "push_to_hub", "quiet"}
+ELSEWHERE = {"seed", "recipe", "out", "resume", "overwrite", "cache_dir", "save_minutes", "push_to_hub", "push",
+             "private", "quiet", "control"}
 
 
 def read_result(run: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ ones: rank r takes the r-th part of each batch, gradients are averaged by PyTorc
 
 import functools
 import os
+from datetime import timedelta
 from typing import Any, Callable, TypeVar
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from kd import BadInput
 
 T = TypeVar("T")
+PATIENCE = timedelta(minutes=3)  # with ranks that do not come; torch's own is half an hour
 
 
 def join(device: torch.device, batch_size: int, accumulate: int) -> None:
@@ -48,7 +50,7 @@ def _store_of_this_start() -> dist.Store:
     start writes under a name of its own. Only a single agent counts them alike for all ranks; several must be started
     with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for that (pytorch/pytorch#135712).
     """
-    store, _, _ = next(dist.rendezvous("env://"))
+    store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
     alone = os.environ.get("GROUP_WORLD_SIZE") == "1"
     return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0) if alone else ''}", store)
 

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -123,12 +124,15 @@ def test_what_the_ranks_do_not_agree_on_is_one_line(tiny, tmp_path, monkeypatch)
     assert done.stderr.count("train.py: error:") == 1
 
 
-def test_a_port_in_use_is_named(monkeypatch):
+@pytest.mark.parametrize("rank, listens", [("0", True), ("1", False)], ids=["a port in use", "nobody there"])
+def test_ranks_that_cannot_meet_say_where(monkeypatch, rank, listens):
+    monkeypatch.setattr(distributed, "PATIENCE", timedelta(seconds=1))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        taken.listen()
+        if listens:
+            taken.listen()
         port = str(taken.getsockname()[1])
-        for name, value in dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port).items():
+        for name, value in dict(RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port).items():
             monkeypatch.setenv(name, value)
         with pytest.raises(BadInput, match=f"the 2 ranks cannot meet at 127.0.0.1:{port}.* a free port"):
             distributed.join(torch.device("cpu"), 8, 1)
