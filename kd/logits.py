@@ -16,6 +16,7 @@ import errno
 import hashlib
 import json
 import math
+import mmap
 import os
 import zlib
 from pathlib import Path
@@ -28,6 +29,7 @@ from torch import Tensor
 from kd import BadInput, TrainingFault
 
 PENDING = 64 << 20  # bytes of rows that wait for `flush` at the most: what a step adds must not add up
+RESIDENT = 64 << 20  # bytes of the mapped files that a process keeps resident at most
 
 
 def pack(logits: Tensor, keep: int, temperature: float) -> tuple[Tensor, Tensor]:
@@ -69,6 +71,8 @@ class LogitStore:
         self._views: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._pending: list[tuple[int, np.ndarray, Tensor]] = []
         self._waiting = 0  # bytes of these
+        self._mappings: list[mmap.mmap] = []
+        self._touched = 0  # bytes, since the mappings were last trimmed
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "key.json").write_text(text)
@@ -86,12 +90,12 @@ class LogitStore:
             self._views[view] = (self._map(rows, self.shape, np.float32), self._map(sums, self.shape[:1], np.uint64))
         return self._views[view]
 
-    @staticmethod
-    def _map(path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:
-        with open(path, "ab") as file:
+    def _map(self, path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+        with open(path, "a+b") as file:
             # makes a new file, mends one of another length; new bytes are zeros: not known
             file.truncate(int(np.prod(shape)) * np.dtype(dtype).itemsize)
-        return np.memmap(path, dtype=dtype, mode="r", shape=shape)
+            self._mappings.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        return np.frombuffer(self._mappings[-1], dtype).reshape(shape)
 
     @staticmethod
     def _checksum(view: int, sample: int, row: np.ndarray) -> int:
@@ -105,6 +109,11 @@ class LogitStore:
             if int(sums[sample]) != self._checksum(view, sample, rows[sample]):
                 return None
         found = torch.from_numpy(rows[samples])
+        self._touched += found.nbytes
+        if self._touched > RESIDENT:
+            for mapping in self._mappings:
+                mapping.madvise(mmap.MADV_DONTNEED)  # unmaps them here; they stay in the kernel's page cache
+            self._touched = 0
         return unpack(found, self.classes) if self.keep else found
 
     def put(self, view: int, samples: np.ndarray, logits: Tensor) -> Tensor:

@@ -53,6 +53,25 @@ def test_what_waits_to_be_written_stays_bounded(tmp_path, monkeypatch):
     assert filled.get(0, np.arange(9, 12)) is None
 
 
+def test_what_was_read_does_not_stay_resident(tmp_path):
+    """A view of 150 MB: read as a whole, in its order, it must not be in memory as a whole."""
+    def resident() -> float:
+        return int(Path("/proc/self/status").read_text().split("RssFile:")[1].split()[0]) / 1024
+
+    samples, batch = 38_400, 128
+    big = LogitStore(tmp_path, {"teacher": "big"}, samples, 1000)
+    rows = torch.randn(batch, 1000)
+    for start in range(0, samples, batch):
+        big.put(0, np.arange(start, start + batch), rows)
+    big.flush()
+    before = most = resident()
+    for start in range(0, samples, batch):
+        found = big.get(0, np.arange(start, start + batch))
+        assert found is not None and torch.equal(found, rows)
+        most = max(most, resident())
+    assert 30 < most - before < 80
+
+
 def test_another_key_is_another_store(tmp_path):
     fill(tmp_path)
     assert store(tmp_path, {"teacher": "b"}).get(0, np.arange(20)) is None
