@@ -7,6 +7,7 @@ ones: rank r takes the r-th part of each batch, gradients are averaged by PyTorc
 
 import functools
 import os
+import warnings
 from datetime import timedelta
 from typing import Any, Callable, TypeVar
 
@@ -130,10 +131,18 @@ def total(count: int) -> int:
 
 
 def wrap(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model whose backward averages gradients over the ranks; its buffers are rank 0's at every forward."""
+    """The model whose backward averages gradients over the ranks.
+
+    Buffers are each rank's own while it trains, when BatchNorm does not read them; what is saved and evaluated is
+    rank 0's (`copy_first`). To send them round at every forward, as DDP does by default, would change nothing but time.
+    """
     if world() == 1:
         return model
-    return nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    devices = [device.index] if device.type == "cuda" else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.14 renames broadcast_buffers
+        return nn.parallel.DistributedDataParallel(model, devices, broadcast_buffers=False,
+                                                   gradient_as_bucket_view=True)
 
 
 def copy_first(model: nn.Module) -> nn.Module:

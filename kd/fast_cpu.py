@@ -91,8 +91,10 @@ class _Chain(torch.autograd.Function):
         grads: list[Tensor | None] = []
         for i in reversed(range(n)):
             skip = grad if ctx.residual and i == 0 else None
-            gamma_beta = slope[3], slope[4]
+            gamma_beta, kernel = (slope[3], slope[4]), ctx.calls[i][3]
             g, weight, slope = _ops().conv_backward(g, slope, saved[i + 1], saved[i], *ctx.calls[i], skip)
+            if kernel.shape[1] == 1 or kernel.shape[2] == 1:  # one memory, two ways to count: DDP wants the parameter's
+                weight = weight.as_strided(kernel.shape, kernel.stride())
             grads = [weight, *gamma_beta, *grads]
         return g, None, None, None, None, *grads
 
