@@ -1,4 +1,4 @@
-"""Runs beside each other, from their result.json: `python -m kd.report RUN RUN ... [--json]`.
+"""Runs beside each other, from their result.json: `python -m kd.report RUN RUN ... [--json] [--figure FILE.svg]`.
 
 Runs that differ in nothing but the seed are one group: mean ± sample standard deviation. Student minus control is taken
 within each run, where both start from the same weights and see the same views in the same order, so that what a seed
@@ -17,6 +17,7 @@ import numpy as np
 from kd import BadInput, cli
 
 ROLES = ("teacher", "control", "student")
+COLOURS = dict(teacher="#a8650a", control="#8b867d", student="#0d6f8a")  # apart for the colour-blind, on white
 PREDICTIONS = "predictions.npz"
 # settings that decide where a run writes and what it prints, but not what comes out; a recipe is a name for others
 ELSEWHERE = {"seed", "recipe", "out", "resume", "overwrite", "cache_dir", "save_minutes", "push_to_hub", "push",
@@ -197,12 +198,47 @@ def text(compared: dict[str, Any]) -> str:
     return "\n".join(said)
 
 
+def figure(compared: dict[str, Any], file: Path) -> None:
+    """A line a group, named by the folder of its first run: a dot a run on the test split, a tick at their mean.
+
+    The ending of `file` says which format: svg, png or pdf. Raises BadInput where it cannot be written.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure  # half a second to import, for this alone
+    groups = compared["groups"]
+    with rc_context({"svg.hashsalt": "kd", "svg.fonttype": "none", "text.parse_math": False, "font.size": 9}):
+        drawing = Figure(figsize=(7, 0.9 + 0.55 * len(groups)), layout="constrained")
+        axes = drawing.subplots()
+        for place, group in enumerate(groups):
+            for role, above in zip(ROLES, (0.0, 0.14, -0.14), strict=True):
+                shares = [100 * row[role]["accuracy"] for row in compared["runs"]
+                          if row["group"] == group["group"] and role in row]
+                if shares:
+                    axes.plot(shares, [place - above] * len(shares), "o", color=COLOURS[role], alpha=0.6, ms=5, mew=0,
+                              label=None if place else role)
+                    axes.plot([statistics.fmean(shares)], [place - above], "|", color=COLOURS[role], ms=13, mew=2)
+        names = [Path(group["runs"][0]) for group in groups]
+        axes.set_yticks(range(len(groups)), [f"{name.parent.name or name.name} (n = {group['n']})"
+                                             for name, group in zip(names, groups, strict=True)])
+        axes.set(xlabel="test accuracy, %", ylim=(len(groups) - 0.5, -0.5))
+        axes.grid(axis="x", alpha=0.3)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+        axes.legend(ncols=3, frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
+        try:
+            drawing.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
+        except (OSError, ValueError) as error:  # ValueError: an unknown format
+            raise BadInput(f"--figure {file}: cannot be written ({getattr(error, 'strerror', None) or error})"
+                           ) from error
+
+
 def main(argv: list[str]) -> dict[str, Any]:
     """Prints, and returns, what `compare` found. Raises BadInput."""
     parser = cli.OneLineParser(prog="python -m kd.report", description=__doc__, allow_abbrev=False,
                                formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or its result.json")
     parser.add_argument("--json", action="store_true", help="one JSON object; accuracies as shares, not percent")
+    parser.add_argument("--figure", metavar="FILE", type=Path, help="draw it too: .svg, .png or .pdf")
     args = parser.parse_args(argv)
     results: dict[str, dict[str, Any]] = {}
     gained = {}
@@ -212,5 +248,7 @@ def main(argv: list[str]) -> dict[str, Any]:
         results[name] = read_result(Path(name))
         gained[name] = gains(Path(name), results[name])
     compared = compare(results, gained)
+    if args.figure:
+        figure(compared, args.figure)
     print(json.dumps(compared) if args.json else text(compared))
     return compared

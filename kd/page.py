@@ -29,7 +29,7 @@ from PIL import Image
 from kd import BadInput, cli
 from kd.augment import Spec, load_views
 from kd.checkpoint import write_atomic
-from kd.compare import PREDICTIONS, ROLES, read_predictions, read_result
+from kd.compare import COLOURS, PREDICTIONS, ROLES, read_predictions, read_result
 from kd.scores import log_softmax
 from kd.images import Data, center_crop
 
@@ -40,9 +40,9 @@ SHEET = 24       # views on the sheet
 BINS = 15        # of confidence: those of `calibration_error`
 TABLED = 12      # classes that a confusion matrix has as a table; more are a picture
 
-# one palette for the page and the plots; ochre, grey and teal stay apart for the colour-blind, in both themes
+# one palette for the page and the plots; the roles' colours stay apart for the colour-blind, in both themes
 LIGHT = dict(ground="#fbfaf8", panel="#ffffff", ink="#1d1c1a", muted="#68645d", line="#e3dfd8",
-             teacher="#a8650a", control="#8b867d", student="#0d6f8a", wrong="#b2352b")
+             wrong="#b2352b", **COLOURS)
 DARK = dict(ground="#141413", panel="#1c1c1a", ink="#eceae5", muted="#a19c93", line="#35332f",
             teacher="#e3a94c", control="#9b968d", student="#55bad8", wrong="#f2897d")
 LINES = {"teacher": "-", "control": (0, (4, 2)), "student": "-"}

@@ -1,6 +1,6 @@
 """What a run says: a progress bar, a line an epoch, metrics.jsonl, TensorBoard and the closing table.
 
-    python -m kd.report RUN RUN ... [--json]        compares runs that have ended (kd/compare.py)
+    python -m kd.report RUN RUN ... [--json] [--figure FILE.svg]      compares runs that have ended (kd/compare.py)
 """
 
 import json

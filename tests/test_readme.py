@@ -8,28 +8,38 @@ import sys
 from pathlib import Path
 
 import train
-from kd import cli
+from kd import cli, compare
 
 ROOT = Path(__file__).parent.parent
 
 
-def test_every_row_equals_its_result_and_every_result_has_a_row():
-    found = set()
-    for line in (ROOT / "README.md").read_text().splitlines():
-        if not (named := re.search(r"`(results/\S+\.json)`", line)):
-            continue
-        found.add(named[1])
-        result = json.loads((ROOT / named[1]).read_text())
-        shown = re.findall(r"([\d.]+) % \((\d+)/(\d+)\)", line)
-        roles = [role for role in ("teacher", "control", "student") if role in result]
-        assert len(shown) == len(roles), line
-        for role, (percent, correct, total) in zip(roles, shown, strict=True):
-            row = result[role]
-            assert (int(correct), int(total)) == (row["test_correct"], row["test_total"]), line
-            assert percent == f"{100 * row['test_accuracy']:.1f}", line
-        assert re.fullmatch(r"[0-9a-f]{40}", result["commit"]), f"{named[1]} was not made by a committed state"
-        assert result["config"]["seed"] == int(re.search(r"seed (\d+)", line)[1]), line  # type: ignore[index]
-    assert found == {str(path.relative_to(ROOT)) for path in (ROOT / "results").glob("*.json")}
+def results_table() -> str:
+    """A row for every folder of results/, as `python -m kd.report results/NAME/*` sees its runs."""
+    lines = ["| runs | n | teacher | control | student | student - control |", "|---|---|---|---|---|---|"]
+    for folder in sorted(path for path in (ROOT / "results").iterdir() if path.is_dir()):
+        runs = {str(run): compare.read_result(run) for run in sorted(folder.iterdir())}
+        assert [f"seed-{result['config']['seed']}" for result in runs.values()] == [Path(run).name for run in runs]
+        for run, result in runs.items():
+            assert re.fullmatch(r"[0-9a-f]{40}", result["commit"]), f"{run} was not made by a committed state"
+        compared = compare.compare(runs, {run: compare.gains(Path(run), result) for run, result in runs.items()})
+        group, = compared["groups"]
+        cells = []
+        for role in compare.ROLES:
+            counts = [row[role]["correct"] for row in compared["runs"] if role in row]
+            total = next((row[role]["total"] for row in compared["runs"] if role in row), 0)
+            once = counts[:1] if len(set(counts)) == 1 else counts  # one teacher for all runs
+            cells.append(f"{compare.around(group[role])} % ({', '.join(map(str, once))} of {total})" if counts else "")
+        gain = f"{compare.around(group['gain'], '+')} points" if group["gain"]["n"] else ""
+        if "interval" in group["gain"]:
+            gain += " ({:+.1f} to {:+.1f})".format(*(100 * limit for limit in group["gain"]["interval"]))
+        lines.append(f"| `results/{folder.name}` | {group['n']} | {' | '.join(cells)} | {gain} |")
+    return "\n".join(lines)
+
+
+def test_the_results_are_those_of_the_runs():
+    """To mend it, put what `results_table` gives between the two comments."""
+    shown = re.search(r"<!-- results: .*? -->\n(.*)<!-- /results -->", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert shown and shown[1] == results_table() + "\n"
 
 
 def test_the_table_of_flags_is_the_config():

@@ -180,6 +180,20 @@ def test_what_is_not_a_result_is_named(tmp_path, content, told):
     assert told in str(caught.value)
 
 
+def test_the_figure_has_a_dot_a_run_and_the_groups_names(tmp_path):
+    names = write_runs(tmp_path, a=result(0, 7, 5), b=result(1, 8, 7), d=result(0, 9, None, kd_weight=0.9))
+    compare.main([*names, "--figure", str(tmp_path / "one.svg")])
+    compare.main([*names, "--figure", str(tmp_path / "two.svg")])
+    drawn = (tmp_path / "one.svg").read_text()
+    assert drawn == (tmp_path / "two.svg").read_text()  # the same runs give the same bytes
+    assert "(n = 2)" in drawn and "(n = 1)" in drawn and "test accuracy, %" in drawn
+    dots = {role: drawn.count(f"fill: {colour}; fill-opacity: 0.6") for role, colour in compare.COLOURS.items()}
+    assert dots == {"teacher": 3 + 1, "control": 2 + 1, "student": 3 + 1}  # and one in the legend
+    for file in ("figure.xyz", "nowhere/figure.svg"):
+        with pytest.raises(BadInput, match="--figure .*cannot be written"):
+            compare.main([*names, "--figure", str(tmp_path / file)])
+
+
 def test_the_command_takes_folders_and_files_and_refuses_in_one_line(tmp_path, capsys):
     names = write_runs(tmp_path, a=result(0, 7, 5))
     compare.main([names[0] + "/result.json"])
