@@ -36,7 +36,7 @@ class Config:
     clip: float = flag(1.0, "largest norm of the gradient", above=0)
     accumulate: int = flag(1, "parts that a step takes its batch in, to need less memory", low=1)
     sync_bn: bool = flag(False, "BatchNorm over the whole batch of all ranks, not over each rank's part")
-    seed: int = flag(0, "decides weights, order and views: the same seed gives the same run", low=0)
+    seed: int = flag(0, "decides weights, order and views: the same seed gives the same run", low=0, high=2**32 - 1)
     out: str = flag("", "folder of the run (default: runs/RECIPE)")
     resume: bool = flag(False, "go on with the run in --out, exactly where it stopped")
     overwrite: bool = flag(False, "replace the run in --out")
@@ -92,14 +92,14 @@ import torch
 from torch import Tensor, nn
 
 from kd import card, checkpoint, distributed, fast_cpu, frozen, health, hub, losses, models, report, runtime
-from kd.augment import SPECS, Spec, epoch_batches
+from kd.augment import CODE, SPECS, Spec, epoch_batches
 from kd.batches import Teacher, ask_teacher, load_batches
 from kd.data import open_dataset
 from kd.images import Data, Split, decode
 from kd.logits import LogitStore
 from kd.predict import predict
 from kd.prefetch import prefetch
-from kd.scores import chance_level, scores
+from kd.scores import refuse_weak, scores
 
 
 def train_step(student: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
@@ -137,7 +137,7 @@ def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup: flo
 
 def fit(role: str, model: nn.Module, prep: models.Preprocessing, data: Data, cfg: Config, run: runtime.Runtime,
         out: Path, *, epochs: int, lr: float, kd_weight: float, teacher: Teacher | None, state: dict[str, Any],
-        stop: runtime.Stop, records: report.Records) -> None:
+        stop: runtime.Stop, records: report.Records, push: Callable[[str], None]) -> None:
     """Train `model`; its best weights by validation accuracy go to `out/role`.
 
     `state` is the run's checkpoint: what is in it is taken up again, and it is saved to `out/last.ckpt` every epoch,
@@ -167,7 +167,7 @@ def fit(role: str, model: nn.Module, prep: models.Preprocessing, data: Data, cfg
 
     def save() -> None:
         nonlocal last_save, clock
-        health.check(steps_health, role, run.amp)  # a NaN must never reach the disk
+        health.check(steps_health, role, run.amp, model)  # a NaN must never reach the disk
         at["loss_sum"] = distributed.mean(loss_sum).item()
         at["train_seconds"] += time.monotonic() - clock
         if teacher:
@@ -193,7 +193,7 @@ def fit(role: str, model: nn.Module, prep: models.Preprocessing, data: Data, cfg
                 soft = None
                 if teacher:
                     soft = teacher.store.logits(view, batch.samples, batch.teacher_logits,
-                                                lambda: ask_teacher(teacher, batch, view, data, **views, run=run))
+                                                lambda: ask_teacher(teacher, batch, view, data, **views))
                 # ---- a single training step ----
                 loss, norm = train_step(forward, optimizer, scaler, models.normalize(batch.views, prep), batch.labels,
                                         soft, loss_fn=loss_fn, temperature=cfg.temperature, kd_weight=kd_weight,
@@ -204,11 +204,12 @@ def fit(role: str, model: nn.Module, prep: models.Preprocessing, data: Data, cfg
                 loss_sum += loss * batch.total
                 health.track(steps_health, loss, norm, step)
                 bar.update(batch.total)
-                if at["step"] % 50 == 0 and not bar.disable:
-                    bar.set_postfix(loss=f"{loss.item():.3f}")  # note: waits for the device
+                if at["step"] % 20 == 0:  # note: waits for the device
+                    health.check(steps_health, role, run.amp)
+                    bar.set_postfix(loss=f"{loss.item():.3f}")
                 if any(distributed.largest(stop.signal, time.monotonic() - last_save > 60 * cfg.save_minutes)):
                     save()
-        health.check(steps_health, role, run.amp)
+        skipped = health.check(steps_health, role, run.amp, model)
         train_loss = distributed.mean(loss_sum).item() / samples
         distributed.copy_first(model)  # BatchNorm's statistics, where each rank has its own
         seconds = at["train_seconds"] + time.monotonic() - clock
@@ -218,7 +219,8 @@ def fit(role: str, model: nn.Module, prep: models.Preprocessing, data: Data, cfg
         entry = {"role": role, "epoch": epoch + 1, "time": time.time(), "train_loss": train_loss,
                  **{key: result[key] for key in ("accuracy", "macro_f1", "loss", "calibration_error", "correct")},
                  "lr": lr, "images_per_second": samples / seconds, "seconds": seconds, "elapsed": records.seconds(),
-                 "teacher_batches": distributed.total(teacher.store.teacher_batches) if teacher else 0}
+                 "teacher_batches": distributed.total(teacher.store.teacher_batches) if teacher else 0,
+                 "skipped_steps": skipped}
         if improved := (result["accuracy"] > at["best"]):
             at.update(best=result["accuracy"], best_epoch=epoch + 1)
             models.save(model, out / role, data.classes, prep, cfg.size,
@@ -230,8 +232,8 @@ def fit(role: str, model: nn.Module, prep: models.Preprocessing, data: Data, cfg
         loss_sum.zero_()
         clock = time.monotonic()
         save()
-        if improved and role == "student" and cfg.push_to_hub and cfg.push == "every-epoch":
-            print(hub.push_folder(str(out / role), cfg.push_to_hub, f"kd: epoch {epoch + 1}", cfg.private), flush=True)
+        if improved and role == "student" and cfg.push == "every-epoch":
+            push(f"kd: epoch {epoch + 1}")
 
 
 def model_card(cfg: Config, role: str, rows: dict[str, dict[str, Any]]) -> str:
@@ -251,27 +253,27 @@ def main(cfg: Config) -> dict[str, Any]:
 
     # 1 runtime
     commit = runtime.commit()  # of the code that runs, asked before anybody can change it
-    run = runtime.start(cfg.device, cfg.amp, cfg.compile)
+    run, environment = runtime.start(cfg.device, cfg.amp, cfg.compile), runtime.environment()
     distributed.join(run.device, cfg.batch_size, cfg.accumulate)
     settings, out = dataclasses.asdict(cfg), Path(cfg.out or f"runs/{cfg.recipe}")
-    state = distributed.from_first(lambda: checkpoint.open_run(
-        out, settings, FREE_ON_RESUME, cfg.resume or distributed.restarted(), cfg.overwrite))
+    again = cfg.resume or bool(distributed.largest(distributed.restarted())[0])
+    state = distributed.from_first(lambda: checkpoint.open_run(out, settings, FREE_ON_RESUME, again, cfg.overwrite))
+    finished = distributed.from_first(lambda: checkpoint.finished(out, state))
     state = state or {"history": [], "done": [], "seconds": 0.0}
+    stop = runtime.Stop().install()
 
-    def push() -> None:
+    def push(message: str = "kd: the best student by validation accuracy") -> None:
         if cfg.push_to_hub and not distributed.rank():
-            print(hub.push_folder(str(out / "student"), cfg.push_to_hub, "kd: the best student by validation accuracy",
-                                  cfg.private))
+            print(hub.push_folder(str(out / "student"), cfg.push_to_hub, message, cfg.private, lambda: stop.signal))
 
-    if (out / "result.json").exists() and ((out / "report.html").exists() or not state["done"]):
+    if finished:
         print(f"{out} is finished: nothing to do")
         push()
-        return json.loads((out / "result.json").read_text())
-    stop = runtime.Stop().install()
+        return finished
     records = report.Records(out, state["seconds"])
 
     def placed(model: nn.Module) -> nn.Module:
-        model = model.to(run.device).to(memory_format=torch.channels_last)
+        model = models.check_size(model.to(run.device).to(memory_format=torch.channels_last), cfg.size)
         return distributed.synchronise_batchnorm(model, run.device) if cfg.sync_bn else fast_cpu.accelerate(model)
 
     # 2 data, as the student declares its input
@@ -285,16 +287,16 @@ def main(cfg: Config) -> dict[str, Any]:
         return decode(dataset, size=cfg.size, crop_pct=prep.crop_pct, interpolation=interpolation, cache_dir=cache,
                       progress=stop.heed)
 
-    data = decoded(prep.interpolation)
-
     # 3 teacher: load it, and fine-tune it by the same loop
     torch.manual_seed(cfg.seed)
-    teacher_model = placed(models.create("teacher", cfg.teacher, data.classes, cfg.teacher_weights))
+    teacher_model = placed(models.create("teacher", cfg.teacher, dataset.classes, cfg.teacher_weights))
     # one crop for both, the student's; mean, std and interpolation are each model's own
     teacher_prep = models.preprocessing(teacher_model)._replace(crop_pct=prep.crop_pct)
+    data = decoded(prep.interpolation)  # not before all that can be wrong with the models would have shown
     teacher_data = data if teacher_prep.interpolation == prep.interpolation else decoded(teacher_prep.interpolation)
-    distributed.agree({**settings, "dataset": data.train.frames.digest + data.test.frames.digest,
-                       "teacher_weights": models.digest(teacher_model)}, FREE_ON_RESUME)
+    facts = {"dataset": data.digest(), "teacher_weights": models.digest(teacher_model), "amp": str(run.amp)}
+    distributed.agree({**settings, **facts}, FREE_ON_RESUME)
+    checkpoint.check_facts(state, facts)
     checkpoint.write_atomic(out / "config.json", json.dumps(settings, indent=2).encode())
     print(f"{run.line} | {dataset.name}: {len(data.train)} + {len(data.validation)} + "
           f"{len(data.test)} pictures, {len(data.classes)} classes, {cfg.size} px | teacher {cfg.teacher} "
@@ -306,7 +308,7 @@ def main(cfg: Config) -> dict[str, Any]:
         if role not in state["done"]:
             fp32 = cfg.amp == "auto" and fast_cpu.slow_in_bf16(model)
             fit(role, model, prep, on, cfg, run._replace(amp=None) if fp32 else run, out, epochs=epochs, lr=lr,
-                kd_weight=kd_weight, teacher=teacher, state=state, stop=stop, records=records)
+                kd_weight=kd_weight, teacher=teacher, state=state, stop=stop, records=records, push=push)
             state["done"].append(role)
         if distributed.rank() == 0:
             models.load_saved(out / role, model)
@@ -328,7 +330,8 @@ def main(cfg: Config) -> dict[str, Any]:
     def store(split: Split, augment: Spec | None, keep: int) -> LogitStore:
         decides = dict(teacher=weights, name=cfg.teacher, prep=teacher_prep, size=cfg.size, augment=augment,
                        seed=augment and cfg.seed, frames=split.frames.digest, amp=str(run.amp), device=run.device.type,
-                       compiled=augment and compiled, torch=torch.__version__)
+                       compiled=augment and compiled, code=augment and CODE, torch=environment["torch"],
+                       timm=environment["timm"])
         return LogitStore(cache / "logits", decides, len(split), len(data.classes), keep, cfg.temperature)
 
     def asked(split: Split, label: str) -> np.ndarray:
@@ -336,7 +339,8 @@ def main(cfg: Config) -> dict[str, Any]:
         known = answers.get(0, everything)
         missing = distributed.largest(known is None)[0]  # all ranks ask, or none
         logits = answers.logits(0, everything, None if missing else known, lambda: torch.from_numpy(
-            predict(teacher_model, split.frames.read, len(split), teacher_prep, cfg.size, run, label, stop.heed)))
+            predict(teacher_model, split.frames.read, len(split), teacher_prep, cfg.size, run, label,
+                    lambda: distributed.heed(stop))))
         answers.flush()
         return logits.numpy()
 
@@ -345,29 +349,24 @@ def main(cfg: Config) -> dict[str, Any]:
     on_test = scores(teacher_test_logits, data.test.labels)
     print(f"teacher: validation {100 * on_validation['accuracy']:.1f} %, test {100 * on_test['accuracy']:.1f} % "
           f"({on_test['correct']}/{on_test['total']})")
-    if on_validation["accuracy"] <= chance_level(data.validation.labels) and not cfg.allow_weak_teacher:
-        raise BadInput(f"--teacher {cfg.teacher}: {100 * on_validation['accuracy']:.1f} % on validation is near "
-                       f"chance: its soft targets would be noise; fine-tune it with --teacher-epochs, give trained "
-                       f"--teacher-weights, or insist with --allow-weak-teacher")
+    if not cfg.allow_weak_teacher:
+        refuse_weak(cfg.teacher, on_validation["accuracy"], data.validation.labels)
     known = store(teacher_data.train, SPECS[cfg.augment], cfg.topk)
-    teacher = Teacher(frozen.fast(teacher_model, cfg.batch_size, compiled), teacher_prep, teacher_data, known)
+    teacher = Teacher(frozen.fast(teacher_model, cfg.batch_size, compiled), teacher_prep, teacher_data, known, run)
 
     # 5 the control (the same student, the same recipe, no teacher), then the student
-    contestants: dict[str, tuple[nn.Module, float, Teacher | None]] = {
-        "student": (student, cfg.kd_weight, teacher if cfg.kd_weight else None)}
-    if cfg.control:
-        torch.manual_seed(cfg.seed)  # the very weights that the student starts from
-        contestants = {"control": (placed(models.create("student", cfg.student, data.classes)), 0.0, None),
-                       **contestants}
     rows = {"teacher": report.test_row(cfg.teacher, models.parameters(teacher_model), on_test,
                                        on_validation["accuracy"])}
     test_logits = {"teacher": teacher_test_logits}
-    for role, (model, kd_weight, by) in contestants.items():
-        trained(role, model, cfg, prep, data, cfg.epochs, cfg.lr, kd_weight, by)
+    for role in ("control", "student") if cfg.control else ("student",):
+        torch.manual_seed(cfg.seed)  # both start from the very same weights
+        model = placed(models.create("student", cfg.student, data.classes))
+        by = teacher if role == "student" and cfg.kd_weight else None
+        trained(role, model, cfg, prep, data, cfg.epochs, cfg.lr, cfg.kd_weight if by else 0.0, by)
 
         # 6 the best-by-validation weights, once, on test
         test_logits[role] = logits = predict(model, data.test.frames.read, len(data.test), prep, cfg.size, run,
-                                             f"{role} test", stop.heed)
+                                             f"{role} test", lambda: distributed.heed(stop))
         best = max(entry["accuracy"] for entry in state["history"] if entry["role"] == role)
         on_test = scores(logits, data.test.labels, teacher_test_logits)
         rows[role] = report.test_row(cfg.student, models.parameters(model), on_test, best)
@@ -379,7 +378,7 @@ def main(cfg: Config) -> dict[str, Any]:
     rates = [entry["images_per_second"] for entry in state["history"] if entry["role"] == "student"]
     result = {**rows, "images_per_second": float(np.median(rates)), "seconds": records.seconds(),
               "teacher_batches": distributed.total(known.teacher_batches), "topk_dropped": known.dropped_share(),
-              "config": settings, "environment": runtime.environment(), "commit": commit}
+              "config": settings, "environment": environment, "commit": commit}
     if distributed.rank():
         return result
     for role in rows:

@@ -9,12 +9,18 @@ other samples share the batch.
 The random numbers are made on the host (some ten a sample); the pixels are made in one batch on the device.
 """
 
+import hashlib
+from pathlib import Path
 from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+# what is kept under a view's key is good only for the code that made it
+CODE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
 class Spec(NamedTuple):
@@ -141,7 +147,7 @@ def load_views(read: Callable[[np.ndarray], np.ndarray], total: int, samples: np
     """
     def views_of(numbers: np.ndarray) -> Tensor:
         frames = torch.from_numpy(read(numbers))
-        if device.type == "cuda":  # a pinned source lets the copy overlap with the step before
+        if device.type == "cuda":  # from a pinned source the host need not wait for the copy
             frames = frames.pin_memory().to(device, non_blocking=True)
         return make_views(frames, numbers, seed=seed, view=view, size=size, spec=spec)
 

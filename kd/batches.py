@@ -20,6 +20,7 @@ class Teacher(NamedTuple):
     prep: models.Preprocessing
     data: Data          # the same pictures as the student's, resized as this model's declared interpolation says
     store: LogitStore
+    run: Runtime        # the precision that it answers in, whatever the student trains in
 
 
 class Batch(NamedTuple):
@@ -47,8 +48,7 @@ def load_batches(data: Data, batches: list[np.ndarray], view: int, teacher: Teac
                     known.to(device, non_blocking=True) if known is not None else None)
 
 
-def ask_teacher(teacher: Teacher, batch: Batch, view: int, data: Data, *, seed: int, size: int, spec: Spec,
-                run: Runtime) -> Tensor:
+def ask_teacher(teacher: Teacher, batch: Batch, view: int, data: Data, *, seed: int, size: int, spec: Spec) -> Tensor:
     """The teacher's logits of a batch, live: the same views, with the teacher's own mean, std and interpolation.
 
     data: the student's, whose views the batch holds; they are made again where the teacher's frames are others.
@@ -56,6 +56,6 @@ def ask_teacher(teacher: Teacher, batch: Batch, view: int, data: Data, *, seed: 
     views = batch.views
     if teacher.data is not data:
         views = load_views(teacher.data.train.frames.read, len(data.train), batch.samples, seed=seed, view=view,
-                           size=size, spec=spec, device=run.device)
-    with torch.no_grad(), run.autocast():
+                           size=size, spec=spec, device=teacher.run.device)
+    with torch.no_grad(), teacher.run.autocast():
         return teacher.model(models.normalize(views, teacher.prep)).float()

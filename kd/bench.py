@@ -78,7 +78,7 @@ class Bench:
         return train.LogitStore(self.folder / name, {"bench": name}, self.samples, len(self.data.classes))
 
     def teacher(self, store: train.LogitStore) -> Teacher:
-        return Teacher(self.fast_teacher, self.teacher_prep, self.data, store)
+        return Teacher(self.fast_teacher, self.teacher_prep, self.data, store, self.run)
 
     def fit(self, student: nn.Module, store: train.LogitStore) -> float:
         """Images/s of one epoch of the real `fit` over the block, waiting for data and logging included."""
@@ -86,7 +86,7 @@ class Bench:
         with contextlib.redirect_stdout(sys.stderr if sys.stderr.isatty() else None):
             train.fit("student", student, self.prep, self.data, self.cfg, self.run, self.folder, epochs=1,
                       lr=self.cfg.lr, kd_weight=self.cfg.kd_weight, teacher=self.teacher(store), state=state,
-                      stop=runtime.Stop(), records=report.Records(self.folder))
+                      stop=runtime.Stop(), records=report.Records(self.folder), push=note)
         return state["history"][0]["images_per_second"]
 
     def batches(self, store: train.LogitStore) -> Iterator[Batch]:
@@ -306,7 +306,7 @@ def parts(cfg: train.Config, rounds: int, steps: int) -> dict[str, Any]:
                 if batch is None:
                     break
                 lap("data and view")
-                ask_teacher(bench.teacher(store), batch, 0, bench.data, **bench.views, run=bench.run)
+                ask_teacher(bench.teacher(store), batch, 0, bench.data, **bench.views)
                 lap("teacher, if asked")
                 x = models.normalize(batch.views, bench.prep)
                 lap("normalise")

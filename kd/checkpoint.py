@@ -5,6 +5,7 @@ A file is a magic word, the SHA-256 of the rest, and the rest: a `torch.save` pa
 disk, and renamed over its place; the one before it stays as `.previous`.
 """
 
+import errno
 import hashlib
 import io
 import json
@@ -19,6 +20,7 @@ import torch
 from kd import BadInput, TrainingFault, distributed
 
 MAGIC = b"kd-ckpt1"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 # what a run leaves behind, and --overwrite removes: never a whole folder, in case it is not one of ours
 RUN_FOLDERS = ("student", "teacher", "control", "tensorboard")
 RUN_FILES = ("last.ckpt", "last.ckpt.previous", "metrics.jsonl", "result.json", "predictions.npz",
@@ -39,10 +41,17 @@ def write_atomic(path: Path, content: bytes, keep_previous: bool = False) -> Non
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        if keep_previous and temporary.read_bytes() != content:  # before the one that it replaces is let go
+            raise OSError(errno.EIO, "the disk gives back something else than was written")
         if keep_previous and path.exists():
             previous = path.with_name(path.name + ".previous")
             previous.unlink(missing_ok=True)
-            os.link(path, previous)  # a second name, so that `path` itself is never absent
+            try:
+                os.link(path, previous)  # a second name, so that `path` itself is never absent
+            except OSError as error:
+                if error.errno in FULL:
+                    raise
+                shutil.copyfile(path, previous)  # a file system without hard links
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -99,11 +108,32 @@ def load(path: Path, say: Callable[[str], None] = print) -> dict[str, Any] | Non
     return None
 
 
+def finished(out: Path, state: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The result of a run that has nothing left to do; one that lacks its page alone goes on from its checkpoint."""
+    result = out / "result.json"
+    if result.exists() and ((out / "report.html").exists() or state is None):
+        return json.loads(result.read_text())
+    return None
+
+
+def check_facts(state: dict[str, Any], facts: dict[str, str]) -> None:
+    """Raise BadInput where a resumed run meets other data, weights or precision than it began with.
+
+    facts: by the name of the flag that stands for each; a new run's are put into `state`.
+    """
+    for name, value in state.setdefault("facts", facts).items():
+        if facts[name] != value:
+            raise BadInput(f"--resume: what --{name.replace('_', '-')} stands for has changed since the run began; "
+                           f"give it as it was, or start again with --overwrite")
+
+
 def _sweep(out: Path) -> None:
     """Remove what a killed process was writing: its temporary files, and saved folders that were not swapped in."""
     for path in [*out.glob(".*.tmp"), *out.glob("*/.*.tmp")]:
         path.unlink()
     for name in RUN_FOLDERS:
+        if (out / f".{name}.old").exists() and not (out / name).exists():  # killed between the two renames
+            (out / f".{name}.old").rename(out / name)
         for leftover in (out / f".{name}.new", out / f".{name}.old"):
             shutil.rmtree(leftover, ignore_errors=True)
 
@@ -118,7 +148,7 @@ def open_run(out: Path, config: dict[str, Any], free: set[str], resume: bool, ov
     """
     record = out / "config.json"
     try:
-        if out.exists() and any(out.iterdir()):
+        if out.exists() and any(path for path in out.iterdir() if not path.match(".config.json.*.tmp")):
             if not record.is_file():
                 raise BadInput(f"--out {out}: holds files that are not a run; give another folder")
             if resume or overwrite:
@@ -138,6 +168,7 @@ def open_run(out: Path, config: dict[str, Any], free: set[str], resume: bool, ov
             for name in RUN_FILES:
                 (out / name).unlink(missing_ok=True)
         out.mkdir(parents=True, exist_ok=True)
+        _sweep(out)
     except OSError as error:
         raise BadInput(f"--out {out}: {error.strerror}; give a folder that can be written") from error
     except ValueError as error:

@@ -11,7 +11,9 @@ import json
 import math
 import os
 import shlex
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any, Callable, NoReturn
 
@@ -122,9 +124,16 @@ def base_name(value: str) -> str:
 
 
 def fail(message: object, status: int, program: str = "train.py") -> NoReturn:
-    """Print one line on stderr and leave with `status`: users never see a traceback for what they can mend."""
-    if not RANK or status == TrainingFault.status:  # what every rank found wrong is said once
-        print(f"{program}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    """Print one line on stderr and leave with `status`: users never see a traceback for what they can mend.
+
+    What every rank found wrong is said once: by rank 0, after which torchrun ends the others while they wait here. What
+    another rank alone has found, it says itself.
+    """
+    if RANK:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(3)
+        message = f"rank {RANK}: {message}"
+    print(f"{program}: error: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(status)
 
 
@@ -143,10 +152,11 @@ def run(main: Callable[[Any], Any], config: Any) -> None:
         if not RANK:
             print(json.dumps(result))
     except Exception as error:
-        if type(error).__name__ in ("DistBackendError", "DistNetworkError") or "gloo" in str(error).lower():
-            fail(f"rank {RANK}: another rank has ended; start again with --resume, or let torchrun do it "
-                 f"(--max-restarts)", TrainingFault.status)
         status = getattr(error, "status", None)  # that of BadInput, TrainingFault and Stopped
+        if RANKS > 1 and status is None and (type(error).__name__ in ("DistBackendError", "DistNetworkError")
+                                             or "gloo" in str(error).lower()):
+            fail("another rank has ended; start again with --resume, or let torchrun do it (--max-restarts)",
+                 TrainingFault.status)
         if status is None and not _out_of_memory(error):
             raise
         memory = (f"out of memory with --batch-size {config.batch_size} and --size {config.size}; make one of them "

@@ -18,6 +18,7 @@ import torch.distributed.nn.functional
 from torch import Tensor, nn
 
 from kd import BadInput
+from kd.runtime import Stop, Stopped
 
 T = TypeVar("T")
 PATIENCE = timedelta(minutes=3)  # with ranks that do not come; torch's own is half an hour
@@ -29,9 +30,11 @@ def join(device: torch.device, batch_size: int, accumulate: int) -> None:
     Raises BadInput for a batch that they cannot share, and where they cannot meet: a port in use, a host out of reach.
     """
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if batch_size % ranks or batch_size < 2 * ranks * accumulate:
+    # half a batch, as the last of an epoch may be, still gives two samples to each part: BatchNorm needs them
+    least = 4 * ranks * accumulate if ranks * accumulate > 1 else 2
+    if batch_size % ranks or batch_size < least:
         raise BadInput(f"--batch-size {batch_size}: {ranks} ranks with --accumulate {accumulate} need a multiple of "
-                       f"{ranks}, of at least {2 * ranks * accumulate}")
+                       f"{ranks}, of at least {least}")
     if ranks > 1 and not dist.is_initialized():
         # numbers that the host decides by go through gloo, so that the GPUs need not be waited for
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -99,7 +102,9 @@ def agree(facts: dict[str, Any], free: set[str]) -> None:
 
 
 def share(samples: np.ndarray) -> np.ndarray:
-    """This rank's part of a batch: of every batch, parts differ by one sample at the most."""
+    """This rank's part of a batch: of every batch, parts differ by one sample at the most. Raises BadInput."""
+    if len(samples) < 2 * world() > 2:
+        raise BadInput(f"--dataset: {len(samples)} training pictures are too few for {world()} ranks; start fewer")
     return np.array_split(samples, world())[rank()]
 
 
@@ -110,6 +115,12 @@ def largest(*numbers: int) -> list[int]:
     told = torch.tensor([int(number) for number in numbers])
     dist.all_reduce(told, dist.ReduceOp.MAX)
     return told.tolist()
+
+
+def heed(stop: Stop) -> None:
+    """Raise Stopped in every rank if a signal came to one of them; all of them must ask."""
+    if signal := largest(stop.signal)[0]:
+        raise Stopped(signal)
 
 
 def mean(value: Tensor) -> Tensor:

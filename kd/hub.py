@@ -4,8 +4,10 @@ import os
 import re
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
+from typing import Any, Callable
 
 import huggingface_hub
 from huggingface_hub import constants, utils
@@ -63,11 +65,12 @@ def check(repo: str) -> None:
         raise BadInput(f"--push-to-hub {repo}: names no repository; give one such as someone/student") from error
 
 
-def push_folder(folder: str, repo: str, message: str, private: bool = False) -> str:
+def push_folder(folder: str, repo: str, message: str, private: bool = False,
+                stopped: Callable[[], Any] = lambda: False) -> str:
     """Upload a saved folder to the Hub's `repo` (made if need be); returns one line that says how it went.
 
     An upload that fails must never harm the run whose result it carries, so every failure becomes that line, and so
-    does an upload that has not ended after PATIENCE seconds.
+    does an upload that has not ended after PATIENCE seconds, or when `stopped` says so.
     """
     if constants.HF_HUB_OFFLINE or not _answers(8.0):
         return f"not pushed: the Hub at {constants.ENDPOINT} cannot be reached; {folder} is complete"
@@ -90,5 +93,9 @@ def push_folder(folder: str, repo: str, message: str, private: bool = False) -> 
 
     uploading = threading.Thread(target=upload, daemon=True)
     uploading.start()
-    uploading.join(PATIENCE)
+    until = time.monotonic() + PATIENCE
+    while uploading.is_alive() and time.monotonic() < until:
+        uploading.join(0.2)
+        if stopped():
+            return f"not pushed: stopped before it was; {folder} is complete"
     return said[-1]

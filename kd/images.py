@@ -142,6 +142,13 @@ class Data:
     validation: Split
     test: Split
 
+    def digest(self) -> str:
+        """A hash of all pixels, labels and names of classes."""
+        total = hashlib.sha256(repr(self.classes).encode())
+        for split in (self.train, self.validation, self.test):
+            total.update(split.frames.digest.encode() + split.labels.tobytes())
+        return total.hexdigest()
+
 
 def decode(dataset: Any, *, size: int, crop_pct: float, interpolation: str, cache_dir: str | Path,
            say: Say = print, progress: Progress | None = None) -> Data:

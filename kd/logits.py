@@ -32,17 +32,19 @@ PENDING = 64 << 20  # bytes of rows that wait for `flush` at the most: what a st
 RESIDENT = 64 << 20  # bytes of the mapped files that a process keeps resident at most
 
 
-def pack(logits: Tensor, keep: int, temperature: float) -> tuple[Tensor, Tensor]:
-    """`(B, C)` to rows `(B, 2·keep + 1)` float32: values, classes (int32, as their bits), the value of the others.
-
-    Also returns, `(B,)`, the probability at T of the classes that lose their own value.
-    """
+def pack(logits: Tensor, keep: int, temperature: float) -> Tensor:
+    """`(B, C)` to rows `(B, 2·keep + 1)` float32: values, classes (int32, as their bits), the value of the others."""
     values, classes = logits.float().topk(keep, dim=1)
     rest = logits.float().scatter(1, classes, -math.inf)
-    others = torch.logsumexp(rest / temperature, dim=1)
-    dropped = torch.exp(others - torch.logsumexp(logits.float() / temperature, dim=1))
-    fill = temperature * (others - math.log(logits.shape[1] - keep))
-    return torch.cat([values, classes.int().view(torch.float32), fill[:, None]], dim=1), dropped
+    fill = temperature * (torch.logsumexp(rest / temperature, dim=1) - math.log(logits.shape[1] - keep))
+    return torch.cat([values, classes.int().view(torch.float32), fill[:, None]], dim=1)
+
+
+def spread(rows: Tensor, classes: int, temperature: float) -> Tensor:
+    """`(B,)`: the probability at T of the classes that have no value of their own in what `pack` made."""
+    keep = rows.shape[1] // 2
+    others = rows[:, -1] / temperature + math.log(classes - keep)
+    return torch.exp(others - torch.logaddexp(others, torch.logsumexp(rows[:, :keep] / temperature, dim=1)))
 
 
 def unpack(rows: Tensor, classes: int) -> Tensor:
@@ -67,7 +69,7 @@ class LogitStore:
         self.folder = folder / hashlib.sha256(text.encode()).hexdigest()[:32]
         self.shape = (samples, 2 * self.keep + 1 if self.keep else classes)
         self.teacher_batches = 0  # how often the teacher was really called
-        self.dropped: list[Tensor] = []  # the probability that `keep` spread, of every sample asked for, on the device
+        self.dropped: list[Tensor] = []  # the probability that `keep` spread, of every sample that was used
         self._views: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._pending: list[tuple[int, np.ndarray, Tensor]] = []
         self._waiting = 0  # bytes of these
@@ -114,29 +116,37 @@ class LogitStore:
             for mapping in self._mappings:
                 mapping.madvise(mmap.MADV_DONTNEED)  # unmaps them here; they stay in the kernel's page cache
             self._touched = 0
-        return unpack(found, self.classes) if self.keep else found
+        return self._full(found) if self.keep else found
+
+    def _full(self, rows: Tensor) -> Tensor:
+        self.dropped.append(spread(rows, self.classes, self.temperature))
+        return unpack(rows, self.classes)
 
     def put(self, view: int, samples: np.ndarray, logits: Tensor) -> Tensor:
         """Remember what the teacher gave, and return it as `get` will; copied to the host by `flush`, many at once."""
         rows = logits.float()
         if self.keep:
-            rows, dropped = pack(rows, self.keep, self.temperature)
-            self.dropped.append(dropped)
+            rows = pack(rows, self.keep, self.temperature)
         self._pending.append((view, samples, rows))
         self._waiting += rows.nbytes
         if self._waiting > PENDING:
             self.flush()
-        return unpack(rows, self.classes) if self.keep else rows
+        return self._full(rows) if self.keep else rows
 
     def flush(self) -> None:
         """Write what `put` remembered; called where the loop waits anyway. Raises TrainingFault: full disk."""
+        if not self._pending:
+            return
+        everything = iter(torch.cat([rows for _, _, rows in self._pending]).cpu().numpy())  # the device waits once
         try:
-            for view, samples, logits in self._pending:
+            for view, samples, _ in self._pending:
                 self._open(view)
                 content, sums = self._paths(view)
                 # written, not stored through the mapping, where a full disk would be a SIGBUS
                 with open(content, "r+b", buffering=0) as rows, open(sums, "r+b", buffering=0) as checks:
-                    for sample, row in zip(samples.tolist(), logits.cpu().numpy(), strict=True):
+                    for sample, row in zip(samples.tolist(), everything):
+                        if np.isnan(row[:self.keep or self.classes]).any():
+                            continue  # a fault of this moment must not be remembered
                         os.pwrite(rows.fileno(), row.tobytes(), sample * row.nbytes)
                         os.pwrite(checks.fileno(), self._checksum(view, sample, row).to_bytes(8, "little"), sample * 8)
         except OSError as error:
@@ -146,8 +156,8 @@ class LogitStore:
         self._waiting = 0
 
     def dropped_share(self) -> float | None:
-        """The mean probability at T of the classes without a value of their own, over what was asked just now."""
-        return torch.cat(self.dropped).mean().item() if self.dropped else None
+        """The mean probability at T of the classes without a value of their own, over all that was used."""
+        return torch.cat([one.cpu() for one in self.dropped]).mean().item() if self.dropped else None
 
     def logits(self, view: int, samples: np.ndarray, known: Tensor | None,
                teacher: Callable[[], Tensor]) -> Tensor:

@@ -78,8 +78,8 @@ def _check(student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor
            kd_weight: float, label_smoothing: float) -> None:
     """Everything that can be checked without reading a tensor's values."""
     shape = student_logits.shape
-    if len(shape) != 2:
-        raise ValueError(f"student_logits must be (B, C), got {tuple(shape)}")
+    if len(shape) != 2 or shape[1] < 1:
+        raise ValueError(f"student_logits must be (B, C) with C ≥ 1, got {tuple(shape)}")
     if not student_logits.is_floating_point():
         raise TypeError(f"student_logits must be floating point, got {student_logits.dtype}")
     if not 0 <= kd_weight <= 1:

@@ -5,6 +5,7 @@ Weights come in as safetensors (or through timm's own download) and go out as sa
 
 import copy
 import difflib
+import functools
 import hashlib
 import json
 import os
@@ -45,9 +46,14 @@ def _declared(model: nn.Module) -> dict[str, Any]:
 
 def normalize(views: Tensor, prep: Preprocessing) -> Tensor:
     """uint8 `(B, 3, H, W)` to float32 of the same shape and memory format: (x / 255 - mean) / std."""
-    mean = torch.tensor(prep.mean, device=views.device)[:, None, None]
-    std = torch.tensor(prep.std, device=views.device)[:, None, None]
+    mean, std = (_on(views.device, values) for values in (prep.mean, prep.std))
     return views.float().div_(255).sub_(mean).div_(std)
+
+
+@functools.cache
+def _on(device: torch.device, values: tuple[float, ...]) -> Tensor:
+    """`(3, 1, 1)`, made once: to copy it to a GPU at every step would wait for it."""
+    return torch.tensor(values, device=device)[:, None, None]
 
 
 def check(flag: str, name: str, weights: str = "none") -> None:
@@ -59,6 +65,19 @@ def check(flag: str, name: str, weights: str = "none") -> None:
                        + (f"; did you mean {' or '.join(close)}?" if close else ""))
     if weights not in ("none", "imagenet"):
         _weights_file(flag, weights)
+
+
+def check_size(model: nn.Module, size: int) -> nn.Module:
+    """`model` itself; raises BadInput where it does not take `size` × `size` pictures, as a ViT of a fixed size."""
+    model.eval()
+    try:
+        with torch.no_grad():
+            model(next(model.parameters()).new_zeros(1, 3, size, size))
+    except (AssertionError, RuntimeError) as error:
+        declared = _declared(model)
+        raise BadInput(f"--size {size}: {declared['architecture']} takes no pictures of that size ({error}); it "
+                       f"declares {declared['input_size'][-1]}") from error
+    return model
 
 
 def create(flag: str, name: str, classes: tuple[str, ...], weights: str = "none",
@@ -199,6 +218,8 @@ def save(model: nn.Module, folder: Path, classes: tuple[str, ...], prep: Preproc
         raise TrainingFault(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}; free some space, "
                             f"then --resume") from error
     finally:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
         shutil.rmtree(fresh, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 

@@ -40,6 +40,8 @@ def start(device: str, amp: str, compile: str) -> Runtime:
     chosen = torch.device("cuda" if device == "cuda" or (device == "auto" and cuda) else "cpu")
     if chosen.type == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a GPU a rank
         chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if chosen.index >= torch.cuda.device_count():
+            raise BadInput(f"--nproc-per-node: more ranks than the {torch.cuda.device_count()} GPUs of this machine")
         torch.cuda.set_device(chosen)
     if amp == "fp16" and chosen.type == "cpu":
         raise BadInput("--amp fp16: the CPU has no fast half precision; use bf16, off or auto")

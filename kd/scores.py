@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from kd import BadInput
+
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """Row-wise, float64, stable for logits of any size."""
@@ -56,3 +58,11 @@ def chance_level(labels: np.ndarray) -> float:
     """The accuracy that a constant answer reaches within two standard errors: below it a teacher knows nothing."""
     share = np.bincount(labels).max() / len(labels)
     return float(share + 2 * np.sqrt(share * (1 - share) / len(labels)))
+
+
+def refuse_weak(teacher: str, accuracy: float, labels: np.ndarray) -> None:
+    """Raise BadInput for a teacher whose accuracy on these labels is near chance."""
+    if accuracy <= chance_level(labels):
+        raise BadInput(f"--teacher {teacher}: {100 * accuracy:.1f} % on validation is near chance: its soft targets "
+                       f"would be noise; fine-tune it with --teacher-epochs, give trained --teacher-weights, or insist "
+                       f"with --allow-weak-teacher")

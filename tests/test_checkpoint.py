@@ -135,6 +135,49 @@ def test_overwrite_removes_the_run_but_nothing_else(tmp_path):
         open_run(tmp_path / "home", {}, overwrite=True)
 
 
+def test_a_kill_inside_the_very_first_write_is_no_obstacle(tmp_path):
+    (tmp_path / ".config.json.77.tmp").write_text("{")
+    assert checkpoint.open_run(tmp_path, {}, set(), resume=True, overwrite=False) is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_saved_folder_is_put_back_where_a_kill_came_between_the_two_renames(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / ".student.old").mkdir()
+    (tmp_path / ".student.old" / "model.safetensors").write_text("weights")
+    checkpoint.open_run(tmp_path, {}, set(), resume=True, overwrite=False)
+    assert (tmp_path / "student" / "model.safetensors").read_text() == "weights"
+
+
+def test_other_data_weights_or_precision_are_refused_by_name():
+    state: dict = {}
+    checkpoint.check_facts(state, {"dataset": "a", "teacher_weights": "b", "amp": "None"})
+    checkpoint.check_facts(state, {"dataset": "a", "teacher_weights": "b", "amp": "None"})
+    for name in ("dataset", "teacher_weights", "amp"):
+        with pytest.raises(BadInput, match=f"--resume: what --{name.replace('_', '-')} stands for has changed"):
+            checkpoint.check_facts(state, {**state["facts"], name: "other"})
+
+
+def test_a_disk_that_gives_back_something_else_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path / "last.ckpt", {"a": 1})
+    monkeypatch.setattr(Path, "read_bytes", lambda self: b"something else")
+    with pytest.raises(TrainingFault, match="gives back something else"):
+        checkpoint.save(tmp_path / "last.ckpt", {"a": 2})
+    monkeypatch.undo()
+    assert checkpoint.read(tmp_path / "last.ckpt") == {"a": 1} and len(list(tmp_path.iterdir())) == 1
+
+
+def test_without_hard_links_the_previous_one_is_a_copy(tmp_path, monkeypatch):
+    def link(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    for value in (1, 2, 3):
+        checkpoint.save(tmp_path / "last.ckpt", {"a": value})
+    assert checkpoint.read(tmp_path / "last.ckpt") == {"a": 3}
+    assert checkpoint.read(tmp_path / "last.ckpt.previous") == {"a": 2}
+
+
 def test_what_a_killed_process_was_writing_is_swept(tmp_path):
     open_run(tmp_path / "run", {})
     (tmp_path / "run" / "teacher").mkdir()

@@ -74,6 +74,15 @@ def test_what_a_user_can_mend_is_one_line_and_a_status(error, status, said, caps
     assert left.value.code == status and capsys.readouterr().err.startswith(said)
 
 
+def test_a_path_that_sounds_like_a_network_is_only_a_path(capsys):
+    def main(config):
+        raise BadInput("--dataset /data/igloo: no such folder")
+
+    with pytest.raises(SystemExit) as left:
+        cli.run(main, train.Config())
+    assert left.value.code == 2 and "error: --dataset /data/igloo: no such folder\n" in capsys.readouterr().err
+
+
 def test_a_bug_keeps_its_traceback():
     def main(config):
         raise KeyError("a bug")

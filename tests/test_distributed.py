@@ -105,7 +105,7 @@ def test_a_rank_that_dies_or_is_stopped_ends_the_job_and_a_restart_goes_on_to_th
     identical(checkpoint.read(Path(whole.out) / "last.ckpt"), checkpoint.read(Path(broken.out) / "last.ckpt"))
 
 
-@pytest.mark.parametrize("batch_size, accumulate, least", [(9, 1, 4), (2, 1, 4), (6, 2, 8)])
+@pytest.mark.parametrize("batch_size, accumulate, least", [(9, 1, 8), (6, 1, 8), (8, 2, 16)])
 def test_a_batch_that_the_ranks_cannot_share_is_refused(monkeypatch, batch_size, accumulate, least):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(BadInput, match=f"--batch-size {batch_size}: 2 ranks with --accumulate {accumulate} need a "

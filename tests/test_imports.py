@@ -11,6 +11,7 @@ STANDS_ON = {
     "losses": {"fused_cpu", "fused_triton"},
     "models": {"distributed", "hub"},
     "batches": {"distributed", "models", "augment", "images", "logits", "runtime"},
+    "distributed": {"runtime"},
     "checkpoint": {"distributed"}, "report": {"checkpoint", "cli", "compare", "distributed"}, "compare": {"cli"},
     "page": {"augment", "checkpoint", "cli", "compare", "scores", "images"},
     "bench_loss": {"losses"},

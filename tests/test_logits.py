@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kd import BadInput, TrainingFault, logits
-from kd.logits import LogitStore, pack, unpack
+from kd.logits import LogitStore, pack, spread, unpack
 
 ROWS = torch.randn(20, 5, generator=torch.Generator().manual_seed(0))
 
@@ -70,6 +70,15 @@ def test_what_was_read_does_not_stay_resident(tmp_path):
         assert found is not None and torch.equal(found, rows)
         most = max(most, resident())
     assert 30 < most - before < 80
+
+
+def test_what_is_not_a_number_is_not_remembered(tmp_path):
+    rows = ROWS.clone()
+    rows[3, 2] = float("nan")
+    filled = store(tmp_path)
+    filled.put(0, np.arange(20), rows)
+    filled.flush()
+    assert filled.get(0, np.array([3])) is None and filled.get(0, np.array([2, 4])) is not None
 
 
 def test_another_key_is_another_store(tmp_path):
@@ -142,7 +151,8 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 @pytest.mark.parametrize("temperature", [1.0, 5.0])
 def test_the_largest_logits_keep_their_probability_and_the_others_share_theirs(temperature):
     logits = torch.randn(6, 40, generator=torch.Generator().manual_seed(4), dtype=torch.float64) * 4
-    rows, dropped = pack(logits, 7, temperature)
+    rows = pack(logits, 7, temperature)
+    dropped = spread(rows, 40, temperature)
     assert rows.shape == (6, 15) and rows.dtype == torch.float32
     full, kept = unpack(rows, 40), logits.topk(7).indices
     exact, ours = (z.double().div(temperature).softmax(1) for z in (logits, full))
@@ -161,6 +171,7 @@ def test_a_store_of_the_largest_gives_the_same_live_and_later(tmp_path):
     again = LogitStore(tmp_path, {}, 20, 5, keep=2, temperature=5.0)
     found = again.get(0, np.arange(20))
     assert found is not None and torch.equal(found, live) and not torch.equal(live, ROWS)
+    assert again.dropped_share() == first.dropped_share() and 0 < again.dropped_share() < 1  # type: ignore[operator]
     assert LogitStore(tmp_path, {}, 20, 5, keep=2, temperature=1.0).get(0, np.arange(20)) is None
     assert LogitStore(tmp_path, {}, 20, 5, keep=3, temperature=5.0).get(0, np.arange(20)) is None
     assert (first.folder / "view-0.f32").stat().st_size == 20 * 5 * 4

@@ -1,6 +1,10 @@
 """The loss against float64, on every path the CPU has; on CUDA too, where there is one."""
 import os
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -377,6 +381,53 @@ def test_choose_loss():
         choose_loss("fast", cpu, 3)
     with pytest.raises(BadInput, match="--loss fused"):
         choose_loss("fused", cpu, 3, soft_labels=True)
+
+
+def test_the_operator_computes_without_a_compiler_too(tmp_path):
+    """In a process where neither the C++ loss nor torch.compile finds one."""
+    code = """
+import torch
+from kd.losses import fused_kd_loss, kd_loss, prepare
+assert prepare("cpu") == "closed form"
+s, t, labels = torch.randn(9, 7), torch.randn(9, 7), torch.arange(9) % 7
+labels[3] = -100
+found = []
+for f in (kd_loss, fused_kd_loss):
+    x = s.clone().requires_grad_()
+    loss = f(x, t, labels, 4.0, 0.5, label_smoothing=0.1)
+    (3 * loss).backward()
+    found.append((loss.detach(), x.grad))
+assert torch.allclose(found[0][0], found[1][0], rtol=1e-6) and torch.allclose(found[0][1], found[1][1], atol=1e-7)
+assert found[0][1].abs().max() > 0.1
+"""
+    environment = {**os.environ, "CXX": "/nowhere/c++", "TORCH_EXTENSIONS_DIR": str(tmp_path),
+                   "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, env=environment,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("T", [0.5, 1.0, 3.0, 20.0])
+@pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
+def test_the_reference_is_the_formula_in_numpy(T, weight):
+    generator = np.random.default_rng(5)
+    s, t, labels = generator.normal(0, 3, (6, 4)), generator.normal(0, 3, (6, 4)), generator.integers(0, 4, 6)
+
+    def log_softmax(x):
+        return x - np.log(np.exp(x).sum(1, keepdims=True))
+
+    log_p, log_q = log_softmax(t / T), log_softmax(s / T)
+    ce = -log_softmax(s)[np.arange(6), labels].mean()
+    kl = (np.exp(log_p) * (log_p - log_q)).sum(1).mean()  # a sum over classes, a mean over samples
+    ours = kd_loss(torch.tensor(s), torch.tensor(t), torch.tensor(labels), T, weight)
+    assert ours.item() == pytest.approx((1 - weight) * ce + weight * T ** 2 * kl, rel=1e-12)
+
+
+def test_the_gradients_scale_does_not_change_with_a_high_temperature():
+    """T² makes up for the 1/T² of the soft term's gradient (Hinton et al. 2015); without it, 100 gives a 4th of 50."""
+    s, t, labels = logits(16, 10)
+    norms = [loss_and_gradient(kd_loss, s, t, labels, T, 1.0)[1].norm().item() for T in (50.0, 100.0)]
+    assert norms[0] == pytest.approx(norms[1], rel=0.03) and norms[0] > 0.01
 
 
 def test_the_kernel_is_there():

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 import safetensors.torch
@@ -67,14 +68,21 @@ def test_weights_that_cannot_be_used_are_named(tmp_path):
         assert name in str(caught.value)
 
 
+def test_a_model_of_a_fixed_size_is_refused_by_name():
+    assert models.check_size(models.create("student", "test_efficientnet", ("a", "b")), 40)
+    with pytest.raises(BadInput, match="--size 40: test_vit takes no pictures of that size.* it declares 160"):
+        models.check_size(models.create("student", "test_vit", ("a", "b")), 40)
+
+
 def test_an_unreachable_hub_is_one_line_within_20_seconds(tmp_path):
     # 10.255.255.1 would hang; a closed loopback port and a proxy-free environment answer at once, as no network does
     code = ("import kd.models, kd; "
             "kd.models.create('teacher', 'resnet18', ('a', 'b'), 'imagenet')")
+    began = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env={
         "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "PATH": "", "HOME": str(tmp_path)})
     assert "BadInput: --teacher-weights imagenet: the Hub cannot be reached" in done.stderr
-    assert "python train.py --recipe demo" in done.stderr
+    assert "python train.py --recipe demo" in done.stderr and time.monotonic() - began < 20
 
 
 def test_a_saved_folder_is_a_timm_model_with_its_preprocessing(tmp_path):

@@ -37,6 +37,16 @@ def test_under_fp16_only_twenty_bad_steps_in_a_row_stop_the_run():
         health.check(run_steps([1] + [float("inf")] * 20 + [1]), "student", torch.float16)
 
 
+def test_weights_and_statistics_that_are_not_finite_are_named_also_where_the_step_was_skipped():
+    norm = torch.nn.BatchNorm2d(4)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), norm)
+    assert health.check(run_steps([1, float("inf"), 1]), "student", torch.float16, model) == 1  # skipped, and counted
+    assert norm.running_var is not None
+    norm.running_var[2] = float("nan")
+    with pytest.raises(TrainingFault, match="student: 1.running_var is not finite"):
+        health.check(run_steps([1]), "student", torch.float16, model)
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta"])  # meta stands for a device that has a thread working ahead
 def test_prefetch_keeps_the_order_and_passes_errors_on(device):
     def items():

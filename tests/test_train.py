@@ -109,17 +109,18 @@ def test_stored_logits_are_the_live_teachers_under_shuffles_epochs_batch_sizes_a
     prep = models.preprocessing(teacher_model)
     data = train.decode(dataset, size=32, crop_pct=prep.crop_pct, interpolation=prep.interpolation,
                         cache_dir=config.cache_dir)
-    # the run's own store, found by its files rather than by remaking its key
-    folder = next((Path(config.cache_dir) / "logits").iterdir())
-    store = train.LogitStore(folder.parent, json.loads((folder / "key.json").read_text()), 42, 3)
-    teacher, seen = train.Teacher(teacher_model, prep, data, store), 0
+    # the run's own store of its views, found by its files rather than by remaking its key
+    logits = Path(config.cache_dir) / "logits"
+    key, = [key for key in (json.loads(path.read_text()) for path in logits.glob("*/key.json")) if key["augment"]]
+    store = train.LogitStore(logits, key, 42, 3)
+    teacher, seen = train.Teacher(teacher_model, prep, data, store, run), 0
     views: dict = dict(seed=0, size=32, spec=train.SPECS["mixup"])
     for batch_size, tolerance in ((8, 0.0), (5, 1e-5)):
         for epoch in range(2):
             batches = train.epoch_batches(0, epoch, 42, batch_size)
             for batch in train.load_batches(data, batches, epoch, teacher, **views, device=run.device):
                 assert batch.teacher_logits is not None
-                live = train.ask_teacher(teacher, batch, epoch, data, **views, run=run)
+                live = train.ask_teacher(teacher, batch, epoch, data, **views)
                 assert (batch.teacher_logits - live).abs().max() <= tolerance
                 seen += len(batch.samples)
     assert seen == 4 * 42 and store.teacher_batches == 0
