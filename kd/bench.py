@@ -204,7 +204,7 @@ def compare(cfg: train.Config, rounds: int, steps: int) -> dict[str, Any]:
     for key, over, under in (("cold_ratio", "cold", "tutorial"), ("warm_ratio", "warm", "tutorial"),
                              ("aa_ratio", "again", "warm"), ("loop_over_bare_step", "warm", "bare")):
         result[key], result[f"{key}_95"] = ratio(over, under)
-    limits = machine_limits(bench.run.device)
+    limits = machine_limits(bench.run.device, bench.run.amp)
     flops = training_flops(cfg.student, cfg.size, device)
     result.update(limits, student_gflop_per_image=flops / 1e9,
                   roofline_share=result["warm_img_s"] * flops / (limits["gemm_gflop_s"] * 1e9), rounds=rounds,
@@ -239,8 +239,8 @@ def training_flops(student: str, size: int, device: torch.device) -> float:
     return 3 * counter.get_total_flops() / 2
 
 
-def machine_limits(device: torch.device) -> dict[str, float]:
-    """What this machine does at best: GFLOP/s of a float32 matrix product, GB/s of a copy (read + write)."""
+def machine_limits(device: torch.device, amp: torch.dtype | None) -> dict[str, float]:
+    """What this machine does at best: GFLOP/s of a matrix product in the step's precision, GB/s of a copy."""
     def best(work: Callable[[], Any], repeats: int = 9) -> float:
         times = []
         for _ in range(repeats):
@@ -254,7 +254,7 @@ def machine_limits(device: torch.device) -> dict[str, float]:
         return min(times)
 
     side = 8192 if device.type == "cuda" else 1536
-    a, b = torch.randn(side, side, device=device), torch.randn(side, side, device=device)
+    a, b = (torch.randn(side, side, device=device, dtype=amp or torch.float32) for _ in range(2))
     source = torch.randn(1 << 26, device=device)  # 256 MB: well past any cache
     target = torch.empty_like(source)
     return {"gemm_gflop_s": 2 * side ** 3 / best(lambda: a @ b) / 1e9,
@@ -276,14 +276,22 @@ def parts(cfg: train.Config, rounds: int, steps: int) -> dict[str, Any]:
         model = distributed.wrap(student, bench.run.device)
         optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, fused=True)
         scaler = torch.amp.GradScaler(bench.run.device.type, enabled=bench.run.amp is torch.float16)
-        spent: dict[str, list[float]] = {}
+        spent: dict[str, float] = {}
         last = 0.0
 
         def lap(part: str) -> None:
             nonlocal last
             now = bench.wait()
-            spent.setdefault(part, []).append(now - last)
+            spent[part] = spent.get(part, 0.0) + now - last
             last = now
+
+        def read(samples: np.ndarray) -> np.ndarray:
+            lap("view")
+            frames = whole_read(samples)
+            lap("data")
+            return frames
+
+        whole_read, bench.data.train.frames.read = bench.data.train.frames.read, read  # type: ignore
 
         def forward(x: Tensor) -> Tensor:
             logits = model(x)
@@ -305,7 +313,7 @@ def parts(cfg: train.Config, rounds: int, steps: int) -> dict[str, Any]:
                 batch = next(stream, None)
                 if batch is None:
                     break
-                lap("data and view")
+                lap("view")
                 ask_teacher(bench.teacher(store), batch, 0, bench.data, **bench.views)
                 lap("teacher, if asked")
                 x = models.normalize(batch.views, bench.prep)
@@ -314,15 +322,16 @@ def parts(cfg: train.Config, rounds: int, steps: int) -> dict[str, Any]:
                                  temperature=cfg.temperature, kd_weight=cfg.kd_weight, clip=cfg.clip, run=bench.run)
                 lap("optimizer")
                 walls.append(bench.wait() - start)
-        milliseconds = {part: float(np.mean(times) * 1e3) for part, times in spent.items()}
+        milliseconds = {part: 1e3 * seconds / len(walls) for part, seconds in spent.items()}
         wall = float(np.mean(walls) * 1e3)
-        limits = machine_limits(bench.run.device)
+        limits = machine_limits(bench.run.device, bench.run.amp)
         flops = training_flops(cfg.student, cfg.size, bench.run.device)
         p20, p50, p80 = (float(q) for q in np.quantile(whole[1:], [0.2, 0.5, 0.8]))
         peak = (torch.cuda.max_memory_allocated() if bench.run.device.type == "cuda"
                 else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         between = {"communication_milliseconds": communication(student, bench.run.device)} if cli.RANKS > 1 else {}
-        return {"images_per_second": {"p20": p20, "p50": p50, "p80": p80}, "milliseconds": milliseconds, **between,
+        return {"images_per_second": {"p20": p20, "p50": p50, "p80": p80},
+                "fit_milliseconds": 1e3 * cfg.batch_size / p50, "milliseconds": milliseconds, **between,
                 "sum_over_wall": sum(milliseconds.values()) / wall, "wall_milliseconds": wall,
                 "peak_memory_mb": peak / 2**20, "startup_seconds": startup, **limits,
                 "roofline_share": p50 * flops / (limits["gemm_gflop_s"] * 1e9), "loss": bench.loss_name,

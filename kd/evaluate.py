@@ -1,6 +1,6 @@
 """All the scores of a saved model on any split of a data set:
 
-    python -m kd.evaluate runs/demo/student --dataset leaves [--split test|validation|train] [--json]
+    python -m kd.evaluate runs/demo/student [--dataset leaves] [--split test|validation|train] [--json]
 
 Decoder, cache, precision and batches are those of train.py, and so on one machine are the numbers.
 """
@@ -8,6 +8,7 @@ Decoder, cache, precision and batches are those of train.py, and so on one machi
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,11 +26,20 @@ SPLITS = ("train", "validation", "test")
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that say which model, and which pictures."""
     parser.add_argument("model", metavar="PATH", help="folder that train.py saved, such as runs/demo/student")
-    parser.add_argument("--dataset", required=True, help="leaves, a Hub dataset id, or a folder, as for train.py")
+    parser.add_argument("--dataset", default="", help="leaves, a Hub dataset id, or a folder, as for train.py "
+                        "(default: that of the run which PATH lies in)")
     parser.add_argument("--split", choices=SPLITS, default="test", help="default: test")
     parser.add_argument("--cache-dir", default=cli.CACHE_DIR, help="where decoded images are kept")
     parser.add_argument("--seed", type=int, default=0, help="the run's; it carves missing splits (default: 0)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+
+
+def dataset_of(folder: str) -> str:
+    """The `--dataset` of the run in whose folder a saved model lies. Raises BadInput where it lies elsewhere."""
+    try:
+        return json.loads((Path(folder).resolve().parent / "config.json").read_text())["dataset"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"--dataset: say which; {folder} does not lie in the folder of a run") from error
 
 
 def open_both(folder: str, dataset: str, seed: int, cache_dir: str,
@@ -64,6 +74,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     parser.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="default: auto, as in "
                         "training; another precision may move a picture near the border")
     args = parser.parse_args(argv)
+    args.dataset = args.dataset or dataset_of(args.model)
     run = runtime.start(args.device, args.amp, "off")
     model, prep, size, data = open_both(args.model, args.dataset, args.seed, args.cache_dir)
     split = getattr(data, args.split)

@@ -1,6 +1,6 @@
 """A saved model as one file that runs without this code, checked against PyTorch on real pictures:
 
-    python -m kd.export runs/demo/student --to onnx --dataset leaves [--int8] [--split test] [--out FILE] [--json]
+    python -m kd.export runs/demo/student --to onnx [--dataset leaves] [--int8] [--split test] [--out FILE] [--json]
 
 onnx, torch-export (.pt2): a graph from `pixels`, uint8 RGB `(B, 3, size, size)` of any B, to `logits`, float32
 `(B, C)`. Normalisation is inside, so nobody can get mean and std wrong; what is left to the caller is to resize and
@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from kd import BadInput, TrainingFault, cli, models, report, runtime
-from kd.evaluate import add_flags, open_both
+from kd.evaluate import add_flags, dataset_of, open_both
 from kd.images import Split, center_crop
 
 SUFFIX = {"onnx": ".onnx", "torch-export": ".pt2", "safetensors": ".safetensors"}
@@ -224,6 +224,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     out = Path(args.out or folder.parent / f"{folder.resolve().name}{'-int8' if args.int8 else ''}{SUFFIX[args.to]}")
     if out.is_dir():
         raise BadInput(f"--out {out}: is a folder; give a file")
+    args.dataset = args.dataset or dataset_of(args.model)
     runtime.start("cpu", "off", "off")
     model, prep, size, data = open_both(args.model, args.dataset, args.seed, args.cache_dir)
     models.freeze(model)

@@ -46,14 +46,16 @@ def _declared(model: nn.Module) -> dict[str, Any]:
 
 def normalize(views: Tensor, prep: Preprocessing) -> Tensor:
     """uint8 `(B, 3, H, W)` to float32 of the same shape and memory format: (x / 255 - mean) / std."""
-    mean, std = (_on(views.device, values) for values in (prep.mean, prep.std))
+    make = _on_gpu if views.is_cuda else torch.tensor
+    mean, std = (make(values, device=views.device)[:, None, None] for values in (prep.mean, prep.std))
     return views.float().div_(255).sub_(mean).div_(std)
 
 
 @functools.cache
-def _on(device: torch.device, values: tuple[float, ...]) -> Tensor:
-    """`(3, 1, 1)`, made once: to copy it to a GPU at every step would wait for it."""
-    return torch.tensor(values, device=device)[:, None, None]
+def _on_gpu(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Made once: to copy it there at every step would wait for the GPU. (On the CPU a cache would keep the stand-ins
+    that an exporter traces with.)"""
+    return torch.tensor(values, device=device)
 
 
 def check(flag: str, name: str, weights: str = "none") -> None:

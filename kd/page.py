@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
 
-from kd import BadInput, cli
+from kd import BadInput, TrainingFault, cli
 from kd.augment import Spec, load_views
 from kd.checkpoint import write_atomic
 from kd.compare import COLOURS, PREDICTIONS, ROLES, read_predictions, read_result
@@ -581,5 +581,5 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except BadInput as error:
+    except (BadInput, TrainingFault) as error:
         cli.fail(error, error.status, "kd.page")

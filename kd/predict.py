@@ -2,7 +2,7 @@
 
     python -m kd.predict runs/demo/student IMAGE|FOLDER ... [--top 3] [--json]
 
-The pictures go the way of validation and test: the same decoder, resize, centre crop and normalisation.
+The pictures go the way of validation and test: the same decoder, resize, centre crop, normalisation and precision.
 """
 
 import argparse
@@ -71,6 +71,13 @@ def pictures(paths: list[str]) -> list[Path]:
     return found
 
 
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BadInput(f"{path}: {error.strerror}; give an image that can be read") from error
+
+
 def main(argv: list[str]) -> list[dict]:
     """Prints, and returns, one row a picture. Raises BadInput."""
     parser = cli.OneLineParser(prog="python -m kd.predict", description=__doc__, allow_abbrev=False,
@@ -80,19 +87,22 @@ def main(argv: list[str]) -> list[dict]:
     parser.add_argument("--top", type=int, default=3, help="how many classes to name (default: 3)")
     parser.add_argument("--json", action="store_true", help="one JSON object a picture")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="default: auto, as in "
+                        "training; another precision may move a picture near the border")
     args = parser.parse_args(argv)
     if args.top < 1:
         raise BadInput(f"--top {args.top}: must be at least 1")
-    run = runtime.start(args.device, "off", "off")
+    run = runtime.start(args.device, args.amp, "off")
     model, prep, size, classes = models.open_saved(args.model)
     files = pictures(args.images)
     side = math.floor(size / prep.crop_pct)
 
     def read(numbers: np.ndarray) -> np.ndarray:
-        return np.stack([to_frame(open_picture(files[i].read_bytes(), str(files[i])), size, side, prep.interpolation)
+        return np.stack([to_frame(open_picture(_bytes(files[i]), str(files[i])), size, side, prep.interpolation)
                          for i in numbers])
 
-    logits = predict(model.to(run.device), read, len(files), prep, size, run, "predicting")
+    placed = model.to(run.device).to(memory_format=torch.channels_last)  # as train.py has it
+    logits = predict(placed, read, len(files), prep, size, run, "predicting")
     rows = []
     width = max(len(str(path)) for path in files)
     for path, shares in zip(files, softmax(logits), strict=True):

@@ -1,6 +1,7 @@
 """Scores against values worked out by hand, and against torch where it has the same quantity; the command line."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -85,9 +86,10 @@ def test_bad_input_is_one_line_and_status_2(trained, tmp_path):
     for arguments, said in (([str(tmp_path / "none"), "--dataset", config.dataset], "no saved model"),
                             ([student, "--dataset", "leaves"], r"its classes \(angular_leaf_spot, .* are not those of"),
                             ([student, "--dataset", config.dataset, "--split", "tset"], "--split"),
-                            ([student], "--dataset")):
+                            ([str(shutil.copytree(student, tmp_path / "alone"))], "--dataset: say which")):
         with pytest.raises(BadInput, match=said):
             evaluate.main([*arguments, "--cache-dir", config.cache_dir])
+    assert evaluate.main([student, "--cache-dir", config.cache_dir])["dataset"] == config.dataset  # the run's own
     done = subprocess.run([sys.executable, "-m", "kd.evaluate", student, "--dataset", "leaves"], cwd=ROOT,
                           capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stdout == ""

@@ -31,6 +31,8 @@ def test_every_batch_size_gives_the_plain_models_logits(teacher):
             assert logits.shape == (count, 3)
             assert (logits - plain[:count]).abs().max() <= 1e-4 * plain.abs().max()
         assert torch.equal(ask(x[:8]), ask(x[:8]))
+        with torch.autocast("cpu", torch.bfloat16):  # as the teacher is asked where the CPU multiplies bf16
+            assert (ask(x[:8]) - plain[:8]).abs().max() <= 2e-2 * plain.abs().max()
     assert models.digest(teacher) == before
 
 
