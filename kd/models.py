@@ -92,14 +92,18 @@ def create(flag: str, name: str, classes: tuple[str, ...], weights: str = "none"
     """
     check(flag, name, weights)
     if weights == "imagenet":
-        return _create_pretrained(flag, name, len(classes), say)
-    try:
-        model = timm.create_model(name, pretrained=False, num_classes=len(classes))
-    except RuntimeError as error:
-        raise BadInput(f"--{flag} {name}: {error}") from error
-    _restart_head(model)
-    if weights != "none":
-        _load_file(model, _weights_file(flag, weights), say)
+        model = _create_pretrained(flag, name, len(classes), say)
+    else:
+        try:
+            model = timm.create_model(name, pretrained=False, num_classes=len(classes))
+        except RuntimeError as error:
+            raise BadInput(f"--{flag} {name}: {error}") from error
+        _restart_head(model)
+        if weights != "none":
+            _load_file(model, _weights_file(flag, weights), say)
+    mode = _declared(model).get("crop_mode", "center")
+    if mode != "center":
+        say(f"{name}: timm declares crop_mode {mode}; here its pictures are cropped in the centre")
     return model
 
 

@@ -68,6 +68,14 @@ def test_weights_that_cannot_be_used_are_named(tmp_path):
         assert name in str(caught.value)
 
 
+def test_a_model_that_declares_another_crop_is_said_to():
+    said: list[str] = []
+    models.create("teacher", "convnext_tiny.fb_in22k_ft_in1k_384", ("a", "b"), say=said.append)
+    models.create("teacher", "test_resnet", ("a", "b"), say=said.append)
+    assert said == ["convnext_tiny.fb_in22k_ft_in1k_384: timm declares crop_mode squash; here its pictures are cropped "
+                    "in the centre"]
+
+
 def test_a_model_of_a_fixed_size_is_refused_by_name():
     assert models.check_size(models.create("student", "test_efficientnet", ("a", "b")), 40)
     with pytest.raises(BadInput, match="--size 40: test_vit takes no pictures of that size.* it declares 160"):
