@@ -132,12 +132,13 @@ def test_reference_upcasts_before_it_divides(dtype):
 def test_sizes_and_temperatures(B, C, device):
     if INTERPRETED:
         B = min(B, 2)
-    elif B * C > 2e6 and device == "cpu":
-        B = 64  # float64 of 256 × 21841 for every temperature takes a minute and tests the same rows
     s, t, labels = (x.to(device) for x in logits(B, C))
+    # float64 of 256 × 21841 takes seconds: once, and a quarter of the rows at the other temperatures
+    some = B // 4 if B * C > 2e6 and device == "cpu" else B
     for T in TEMPERATURES:
-        result = loss_and_gradient(fused_kd_loss, s, t, labels, T, 0.5, upstream=0.7)
-        assert_no_worse(result, s, t, labels, T, 0.5, upstream=0.7)
+        rows = slice(B if T == 5 else some)
+        result = loss_and_gradient(fused_kd_loss, s[rows], t[rows], labels[rows], T, 0.5, upstream=0.7)
+        assert_no_worse(result, s[rows], t[rows], labels[rows], T, 0.5, upstream=0.7)
 
 
 @pytest.mark.parametrize("device", DEVICES)
