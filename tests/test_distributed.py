@@ -115,7 +115,7 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused(monkeypatch, batch_size,
 
 @pytest.mark.parametrize("mine, said", [
     (["--lr", "0.001"], "error: --lr: rank 0 has 0.002, rank 1 has 0.001"),
-    (["--teacher-weights", "/nowhere.safetensors"], "error: rank 1: --teacher-weights /nowhere.safetensors: no such file")])
+    (["--teacher-weights", "/no.safetensors"], "error: rank 1: --teacher-weights /no.safetensors: no such file")])
 def test_what_the_ranks_do_not_agree_on_or_one_alone_finds_wrong_is_one_line(tiny, tmp_path, monkeypatch, mine, said):
     script = tmp_path / "two_minds.py"
     script.write_text(f"import os, sys\nsys.argv += {mine} if os.environ['RANK'] == '1' else []\n"
