@@ -69,3 +69,7 @@ def test_the_leaves_have_no_circle():
 
     for name in graph:
         visit(name, ())
+
+
+def test_the_story_stays_short():
+    assert len((ROOT / "train.py").read_text().splitlines()) < 400
