@@ -217,7 +217,7 @@ def fit(role: str, model: nn.Module, prep: models.Preprocessing, data: Data, cfg
         logits = predict(model, validation.frames.read, len(validation), prep, cfg.size, run, f"{role} validation",
                          lambda: save() if distributed.largest(stop.signal)[0] else None)
         result = scores(logits, validation.labels)
-        entry = {"role": role, "epoch": epoch + 1, "time": time.time(), "train_loss": train_loss, "skipped_steps": skipped,
+        entry = {"role": role, "epoch": epoch + 1, "time": time.time(), "train_loss": train_loss, "skipped": skipped,
                  **{key: result[key] for key in ("accuracy", "macro_f1", "loss", "calibration_error", "correct")},
                  "lr": lr, "images_per_second": samples / seconds, "seconds": seconds, "elapsed": records.seconds(),
                  "teacher_batches": distributed.total(teacher.store.teacher_batches) if teacher else 0}
