@@ -203,7 +203,7 @@ def fit(role: str, model: nn.Module, prep: models.Preprocessing, data: Data, cfg
                 # --------------------------------
                 at["step"] += 1
                 loss_sum += loss * batch.total
-                health.track(steps_health, loss, norm, step)
+                health.track(steps_health, loss, norm, step, role, run.amp)
                 bar.update(batch.total)
                 if at["step"] % 20 == 0:  # note: waits for the device
                     health.check(steps_health, role, run.amp)

@@ -11,13 +11,18 @@ def start(device: torch.device) -> Tensor:
     return torch.zeros(4, dtype=torch.int64, device=device)
 
 
-def track(health: Tensor, loss: Tensor, norm: Tensor, step: int) -> None:
-    """Note whether the loss and the norm of its gradient were finite at `step`; no synchronisation."""
+def track(health: Tensor, loss: Tensor, norm: Tensor, step: int, role: str, amp: torch.dtype | None) -> None:
+    """Note whether the loss and the norm of its gradient were finite at `step`; no synchronisation.
+
+    On the CPU, where there is nothing to wait for, it is checked at once; see `check`.
+    """
     bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
     health[0] = torch.where(bad & (health[0] == 0), step + 1, health[0])
     health[1] = torch.where(bad, health[1] + 1, 0)
     health[2] = torch.maximum(health[1], health[2])
     health[3] += bad
+    if health.device.type == "cpu":
+        check(health, role, amp)
 
 
 def check(health: Tensor, role: str, amp: torch.dtype | None, model: nn.Module | None = None) -> int:

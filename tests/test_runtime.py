@@ -17,30 +17,34 @@ from kd.prefetch import prefetch
 CPU = torch.device("cpu")
 
 
-def run_steps(values: list[float]) -> torch.Tensor:
+def run_steps(values: list[float], amp: torch.dtype | None = None) -> torch.Tensor:
     state = health.start(CPU)
     for step, value in enumerate(values):
-        health.track(state, torch.tensor(1.0), torch.tensor(value), step)
+        health.track(state, torch.tensor(1.0), torch.tensor(value), step, "student", amp)
     return state
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_the_first_step_that_is_not_finite_is_named(bad):
-    health.check(run_steps([1, 2, 3]), "student", None)
-    with pytest.raises(TrainingFault, match="student: .* at step 2;"):
-        health.check(run_steps([1, 2, bad, 3, bad]), "student", None)
+    state = run_steps([1, 2])
+    assert health.check(state, "student", None) == 0
+    with pytest.raises(TrainingFault, match="student: .* at step 2;"):  # at that step, not at the next check
+        health.track(state, torch.tensor(1.0), torch.tensor(bad), 2, "student", None)
+    with pytest.raises(TrainingFault, match="student: .* at step 2;"):  # and at every later check
+        health.check(state, "student", None)
 
 
 def test_under_fp16_only_twenty_bad_steps_in_a_row_stop_the_run():
-    health.check(run_steps(([float("inf")] * 19 + [1]) * 3), "student", torch.float16)
+    health.check(run_steps(([float("inf")] * 19 + [1]) * 3, torch.float16), "student", torch.float16)
     with pytest.raises(TrainingFault, match="20 steps in a row"):
-        health.check(run_steps([1] + [float("inf")] * 20 + [1]), "student", torch.float16)
+        run_steps([1] + [float("inf")] * 20 + [1], torch.float16)
 
 
 def test_weights_and_statistics_that_are_not_finite_are_named_also_where_the_step_was_skipped():
     norm = torch.nn.BatchNorm2d(4)
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), norm)
-    assert health.check(run_steps([1, float("inf"), 1]), "student", torch.float16, model) == 1  # skipped, and counted
+    state = run_steps([1, float("inf"), 1], torch.float16)
+    assert health.check(state, "student", torch.float16, model) == 1  # skipped, and counted
     assert norm.running_var is not None
     norm.running_var[2] = float("nan")
     with pytest.raises(TrainingFault, match="student: 1.running_var is not finite"):
