@@ -177,8 +177,7 @@ def fit(role: str, model: nn.Module, prep: models.Preprocessing, data: Data, cfg
                                             "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                                             "scaler": scaler.state_dict()})
         last_save = clock = time.monotonic()
-        if signal := distributed.largest(stop.signal)[0]:  # which also waits until all ranks' logits are on the disk
-            raise runtime.Stopped(signal)
+        distributed.heed(stop)  # which also waits until all ranks' logits are on the disk
 
     for epoch in range(at["epoch"], epochs):
         view = epoch % cfg.views if cfg.views else epoch
@@ -205,9 +204,8 @@ def fit(role: str, model: nn.Module, prep: models.Preprocessing, data: Data, cfg
                 loss_sum += loss * batch.total
                 health.track(steps_health, loss, norm, step, role, run.amp)
                 bar.update(batch.total)
-                if at["step"] % 20 == 0:  # note: waits for the device
-                    health.check(steps_health, role, run.amp)
-                    bar.set_postfix(loss=f"{loss.item():.3f}")
+                if at["step"] % 20 == 0 and not bar.disable:
+                    bar.set_postfix(loss=f"{loss.item():.3f}")  # note: waits for the device
                 if any(distributed.largest(stop.signal, time.monotonic() - last_save > 60 * cfg.save_minutes)):
                     save()
         skipped = health.check(steps_health, role, run.amp, model)

@@ -12,16 +12,16 @@ def start(device: torch.device) -> Tensor:
 
 
 def track(health: Tensor, loss: Tensor, norm: Tensor, step: int, role: str, amp: torch.dtype | None) -> None:
-    """Note whether the loss and the norm of its gradient were finite at `step`; no synchronisation.
+    """Note whether the loss and the norm of its gradient were finite at `step`, and `check` that now and then.
 
-    On the CPU, where there is nothing to wait for, it is checked at once; see `check`.
+    On the CPU, where there is nothing to wait for, at every step; on a GPU at every twentieth, which waits for it.
     """
     bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
     health[0] = torch.where(bad & (health[0] == 0), step + 1, health[0])
     health[1] = torch.where(bad, health[1] + 1, 0)
     health[2] = torch.maximum(health[1], health[2])
     health[3] += bad
-    if health.device.type == "cpu":
+    if health.device.type == "cpu" or (step + 1) % 20 == 0:
         check(health, role, amp)
 
 
