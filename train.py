@@ -110,8 +110,9 @@ def train_step(student: Callable[[Tensor], Tensor], optimizer: torch.optim.Optim
     """A single training step: forward, loss, backward, update. Returns the loss and the gradient's norm, both still
     on the device: nothing in here waits for it. weight: of this rank's loss, 1 where all ranks have as many samples."""
     total = torch.zeros((), device=x.device)
-    for part in distributed.parts(len(x), accumulate):
-        with run.autocast():
+    parts = distributed.parts(len(x), accumulate)
+    for part in parts:
+        with run.autocast(), distributed.averaging(student, part is parts[-1]):
             logits = student(x[part])
         soft = teacher_logits if teacher_logits is None else teacher_logits[part]
         loss = loss_fn(logits, soft, labels[part], temperature, kd_weight)

@@ -5,11 +5,12 @@ ones: rank r takes the r-th part of each batch, gradients are averaged by PyTorc
 2020), and only rank 0 writes. Without torchrun every function here is the identity, and no process group exists.
 """
 
+import contextlib
 import functools
 import os
 import warnings
 from datetime import timedelta
-from typing import Any, Callable, TypeVar
+from typing import Any, Callable, ContextManager, TypeVar
 
 import numpy as np
 import torch
@@ -154,6 +155,12 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
         warnings.simplefilter("ignore", FutureWarning)  # torch 2.14 renames broadcast_buffers
         return nn.parallel.DistributedDataParallel(model, devices, broadcast_buffers=False,
                                                    gradient_as_bucket_view=True)
+
+
+def averaging(model: Any, now: bool) -> ContextManager:
+    """Where a step has several parts, only the forward of the last (`now`) has its backward average the gradients:
+    those of the others add up in each rank until then."""
+    return contextlib.nullcontext() if now or world() == 1 else model.no_sync()
 
 
 def copy_first(model: nn.Module) -> nn.Module:

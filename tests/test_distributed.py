@@ -1,5 +1,6 @@
 """Several ranks against one: real processes under torchrun, on tiny data."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -32,13 +33,16 @@ def torchrun(ranks: int, *arguments: str, restarts: int = 0) -> subprocess.Compl
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-@pytest.mark.parametrize("student, sync_bn, lr", [
-    ("test_convnext", False, 2e-3), ("test_efficientnet", True, 5e-5)])
-def test_two_ranks_train_as_one_does(tiny, tmp_path, student, sync_bn, lr):
+@pytest.mark.parametrize("student, sync_bn, lr, accumulate", [
+    ("test_convnext", False, 2e-3, 2), ("test_efficientnet", True, 5e-5, 1)])
+def test_two_ranks_train_as_one_does(tiny, tmp_path, student, sync_bn, lr, accumulate):
     """Under a high rate AdamW, whose first steps are as long for a small gradient as for a large one, makes the
     rounding of BatchNorm's sums grow: hence the tutorial's rate there."""
     config = dataclasses.replace(tiny, student=student, sync_bn=sync_bn, lr=lr, teacher_epochs=0, augment="mixup",
                                  views=0, epochs=3, out=str(tmp_path / "one"))
+    steps = 5
+    if accumulate > 1:
+        config, steps = dataclasses.replace(config, batch_size=16, accumulate=accumulate), 3
     alone: dict = {}
     undo = watch(alone)
     try:
@@ -53,7 +57,7 @@ def test_two_ranks_train_as_one_does(tiny, tmp_path, student, sync_bn, lr):
     notes = [json.loads((tmp_path / f"notes.{rank}.json").read_text()) for rank in (0, 1)]
     assert not notes[0]["views"].keys() & notes[1]["views"].keys()
     assert {**notes[0]["views"], **notes[1]["views"]} == alone["views"] and len(alone["views"]) == 3 * 42
-    assert notes[0]["losses"] == notes[1]["losses"] and len(alone["losses"]) == 15
+    assert notes[0]["losses"] == notes[1]["losses"] and len(alone["losses"]) == 3 * steps
     assert np.allclose(notes[0]["losses"][:10], alone["losses"][:10], rtol=1e-5, atol=0)
     assert np.allclose(notes[0]["losses"], alone["losses"], rtol=1e-3, atol=0)
     assert abs(two["student"]["test_correct"] - one["student"]["test_correct"]) <= 1
@@ -103,6 +107,25 @@ def test_a_rank_that_dies_or_is_stopped_ends_the_job_and_a_restart_goes_on_to_th
                      *command_line(broken, "--resume"), restarts=1)
     assert again.returncode == 0, again.stderr
     identical(checkpoint.read(Path(whole.out) / "last.ckpt"), checkpoint.read(Path(broken.out) / "last.ckpt"))
+
+
+def test_four_ranks_of_two_agents_are_one_run(tiny, tmp_path):
+    """Two torchrun agents, as on two machines, which meet on loopback: each sample is one rank's, in every epoch."""
+    config = dataclasses.replace(tiny, teacher_epochs=0, epochs=2, views=0, batch_size=16, out=str(tmp_path / "out"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2", "--rdzv-backend=c10d",
+               f"--rdzv-endpoint=127.0.0.1:{port}", "-m", "tests.ranks", str(tmp_path / "notes"), *command_line(config)]
+    agents = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"}) for _ in range(2)]
+    told = [agent.communicate(timeout=150) for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], told
+    results = [json.loads(line) for out, _ in told for line in out.splitlines() if line.startswith("{")]
+    assert len(results) == 1 and results[0]["student"]["test_total"] == 12
+    notes = [json.loads((tmp_path / f"notes.{rank}.json").read_text()) for rank in range(4)]
+    assert sorted(key for one in notes for key in one["views"]) == sorted(f"{v}/{s}" for v in (0, 1) for s in range(42))
+    assert all(one["losses"] == notes[0]["losses"] for one in notes) and len(notes[0]["losses"]) == 2 * 3
 
 
 @pytest.mark.parametrize("batch_size, accumulate, least", [(9, 1, 8), (6, 1, 8), (8, 2, 16)])
@@ -156,6 +179,29 @@ def test_parts_cover_the_batch_once(size, accumulate):
     parts = distributed.parts(size, accumulate)
     assert [i for part in parts for i in range(size)[part]] == list(range(size))
     assert len(parts) == min(size, accumulate) and max(p.stop - p.start for p in parts) <= -(-size // accumulate)
+
+
+def test_gradients_are_averaged_once_a_step(monkeypatch):
+    """In the last part's forward; before it, in DDP's `no_sync`."""
+    class Ranked(nn.Linear):
+        within, seen = False, ()
+
+        @contextlib.contextmanager
+        def no_sync(self):
+            self.within = True
+            yield
+            self.within = False
+
+        def forward(self, x):
+            self.seen = *self.seen, self.within
+            return super().forward(x)
+
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    model = Ranked(4, 3)
+    train.train_step(model, torch.optim.SGD(model.parameters()), torch.amp.GradScaler("cpu", enabled=False),
+                     torch.randn(6, 4), torch.arange(6) % 3, None, loss_fn=train.losses.kd_loss, temperature=1.0,
+                     kd_weight=0.0, clip=1.0, run=train.runtime.start("cpu", "off", "off"), accumulate=3)
+    assert model.seen == (True, True, False)
 
 
 def test_accumulated_parts_are_the_whole_batch(tiny):
