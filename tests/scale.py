@@ -3,7 +3,7 @@
 Prints, as JSON, the peak of the resident memory, the rate of the last tenth of each epoch's steps over that of its
 first tenth, and how often the teacher was asked for a sample. Exits with 1 where one of them is not as it should be.
 
-An epoch takes a minute, over which a machine may become half as fast again. So every 20 steps a step that is always the
+An epoch takes a minute, over which a machine may become half as fast again. So every five steps a step that is always the
 same, of a model of its own, is timed in between: the rates that are compared are counted in such steps.
 """
 
@@ -68,7 +68,7 @@ def watched(config: train.Config) -> dict[str, Any]:
         nonlocal since
         result = step(*args, **kwargs)
         times.append(time.perf_counter() - since)
-        if len(times) % 20 == 1:
+        if len(times) % 5 == 1:
             memory.append(resident("VmRSS"))
             start = time.perf_counter()
             same(pixels).sum().backward()
