@@ -94,7 +94,7 @@ from torch import Tensor, nn
 
 from kd import card, checkpoint, distributed, fast_cpu, frozen, health, hub, losses, models, report, runtime
 from kd.augment import CODE, SPECS, Spec, epoch_batches
-from kd.batches import Teacher, ask_teacher, load_batches
+from kd.batches import Teacher, ask_once, ask_teacher, load_batches
 from kd.data import open_dataset
 from kd.images import Data, Split, decode
 from kd.logits import LogitStore
@@ -334,14 +334,9 @@ def main(cfg: Config) -> dict[str, Any]:
         return LogitStore(cache / "logits", decides, len(split), len(data.classes), keep, cfg.temperature)
 
     def asked(split: Split, label: str) -> np.ndarray:
-        answers, everything = store(split, None, 0), np.arange(len(split))
-        known = answers.get(0, everything)
-        missing = distributed.largest(known is None)[0]  # all ranks ask, or none
-        logits = answers.logits(0, everything, None if missing else known, lambda: torch.from_numpy(
-            predict(teacher_model, split.frames.read, len(split), teacher_prep, cfg.size, run, label,
-                    lambda: distributed.heed(stop))))
-        answers.flush()
-        return logits.numpy()
+        return ask_once(store(split, None, 0), len(split), lambda: predict(
+            teacher_model, split.frames.read, len(split), teacher_prep, cfg.size, run, label,
+            lambda: distributed.heed(stop)))
 
     on_validation = scores(asked(teacher_data.validation, "teacher validation"), data.validation.labels)
     teacher_test_logits = asked(teacher_data.test, "teacher test")

@@ -59,3 +59,16 @@ def ask_teacher(teacher: Teacher, batch: Batch, view: int, data: Data, *, seed: 
                            size=size, spec=spec, device=teacher.run.device)
     with torch.no_grad(), teacher.run.autocast():
         return teacher.model(models.normalize(views, teacher.prep)).float()
+
+
+def ask_once(answers: LogitStore, samples: int, ask: Callable[[], np.ndarray]) -> np.ndarray:
+    """A split's logits `(samples, C)` under its plain centre crops: what `answers` knows, or else `ask()`, kept.
+
+    Either all ranks ask, or none.
+    """
+    everything = np.arange(samples)
+    known = answers.get(0, everything)
+    missing = distributed.largest(known is None)[0]
+    logits = answers.logits(0, everything, None if missing else known, lambda: torch.from_numpy(ask()))
+    answers.flush()
+    return logits.numpy()

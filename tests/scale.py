@@ -3,8 +3,8 @@
 Prints, as JSON, the peak of the resident memory, the rate of the last tenth of each epoch's steps over that of its
 first tenth, and how often the teacher was asked for a sample. Exits with 1 where one of them is not as it should be.
 
-An epoch takes a minute, over which a machine may become half as fast again. So every five steps a step that is always the
-same, of a model of its own, is timed in between: the rates that are compared are counted in such steps.
+An epoch takes a minute, over which a machine may become half as fast again. So every five steps a step that is always
+the same, of a model of its own, is timed in between: the rates that are compared are counted in such steps.
 """
 
 import argparse

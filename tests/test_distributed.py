@@ -184,7 +184,8 @@ def test_parts_cover_the_batch_once(size, accumulate):
 def test_gradients_are_averaged_once_a_step(monkeypatch):
     """In the last part's forward; before it, in DDP's `no_sync`."""
     class Ranked(nn.Linear):
-        within, seen = False, ()
+        within = False
+        seen: tuple[bool, ...] = ()
 
         @contextlib.contextmanager
         def no_sync(self):
