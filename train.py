@@ -73,8 +73,8 @@ RECIPES: dict[str, dict[str, Any]] = {
                  teacher_augment="flip", augment="flip", views=0),
     "tutorial": dict(),
     # a good teacher is patient and consistent (Beyer et al. 2022): it alone teaches, on every view anew, for long
-    "best": dict(size=96, epochs=100, batch_size=32, lr=3e-3, schedule="cosine", warmup=0.1, weight_decay=0.02,
-                 teacher="tf_efficientnet_lite0", teacher_epochs=24, temperature=2.0, kd_weight=1.0, augment="mixup",
+    "best": dict(size=96, epochs=200, batch_size=32, lr=3e-3, schedule="cosine", warmup=0.1, weight_decay=0.02,
+                 teacher="tf_efficientnet_lite0", teacher_epochs=24, temperature=2.0, kd_weight=1.0, augment="crop",
                  views=0),
 }
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import train
 from kd import cli, compare
+from tests import search
 
 ROOT = Path(__file__).parent.parent
 
@@ -40,6 +41,19 @@ def test_the_results_are_those_of_the_runs():
     """To mend it, put what `results_table` gives between the two comments."""
     shown = re.search(r"<!-- results: .*? -->\n(.*)<!-- /results -->", (ROOT / "README.md").read_text(), re.DOTALL)
     assert shown and shown[1] == results_table() + "\n"
+
+
+def test_the_search_is_told_as_it_was_and_saw_nothing_of_test():
+    """To mend it, put what `search.table` gives between the two comments."""
+    lines = [json.loads(line) for line in (ROOT / "results" / "search.jsonl").read_text().splitlines()]
+    for line in lines:
+        assert line.keys() <= {"config", "commit", "control", "student"}
+        assert re.fullmatch(r"[0-9a-f]{40}", line["commit"])
+        for role in {"control", "student"} & line.keys():
+            assert {key: len(values) for key, values in line[role].items()} == dict.fromkeys(
+                ("accuracy", "loss"), line["config"]["epochs"])
+    shown = re.search(r"<!-- search: .*? -->\n(.*)<!-- /search -->", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert shown and shown[1] == search.table(lines) + "\n"
 
 
 def test_the_table_of_flags_is_the_config():
