@@ -109,6 +109,18 @@ def row_of(name: str, result: dict[str, Any]) -> dict[str, Any]:
             "commit": result.get("commit")}
 
 
+def deciding(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings that decide what comes out, the seed aside: what the runs of a group have in common."""
+    return {setting: value for setting, value in config.items() if setting not in ELSEWHERE}
+
+
+def differing(settings: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """The settings that are not the same in all of `settings`, each with its values in their order."""
+    known = dict.fromkeys(setting for one in settings for setting in one)
+    return {setting: [one.get(setting) for one in settings] for setting in known
+            if any(one.get(setting) != settings[0].get(setting) for one in settings)}
+
+
 def compare(results: dict[str, dict[str, Any]], gained: dict[str, np.ndarray | None]) -> dict[str, Any]:
     """The runs (by name), the groups that they make, and the settings in which the groups differ; ready for JSON.
 
@@ -117,8 +129,7 @@ def compare(results: dict[str, dict[str, Any]], gained: dict[str, np.ndarray | N
     members: dict[str, list[str]] = {}
     settings = {}
     for name, result in results.items():
-        key = {setting: value for setting, value in result["config"].items() if setting not in ELSEWHERE}
-        settings[name] = key
+        settings[name] = key = deciding(result["config"])
         members.setdefault(json.dumps(key, sort_keys=True), []).append(name)
     rows = [row_of(name, result) for name, result in results.items()]
     groups = []
@@ -140,11 +151,8 @@ def compare(results: dict[str, dict[str, Any]], gained: dict[str, np.ndarray | N
             if any(value != values[0] for value in values):
                 group["notes"].append(f"made by different {what}")
         groups.append(group)
-    firsts = [settings[names[0]] for names in members.values()]
-    known = dict.fromkeys(setting for first in firsts for setting in first)
-    differ = {setting: [first.get(setting) for first in firsts] for setting in known
-              if any(first.get(setting) != firsts[0].get(setting) for first in firsts)}
-    return {"runs": rows, "groups": groups, "differ": differ}
+    return {"runs": rows, "groups": groups,
+            "differ": differing([settings[names[0]] for names in members.values()])}
 
 
 def aligned(lines: list[list[str]], left: int = 1) -> list[str]:

@@ -10,18 +10,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from kd.compare import ELSEWHERE
+from kd import compare
 
 LAST = 5  # epochs whose mean is told: of one epoch, 133 pictures say little
 
 
 def line_of(run: Path) -> dict[str, Any]:
     """What a run's folder has to say to the search, ready for JSON."""
-    result = json.loads((run / "result.json").read_text())
+    result = compare.read_result(run)
     history = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    seen = {role: {key: [round(entry[key], 4) for entry in history if entry["role"] == role]
-                   for key in ("accuracy", "loss")} for role in ("control", "student") if role in result}
-    config = {name: value for name, value in result["config"].items() if name not in ELSEWHERE or name == "seed"}
+    seen: dict[str, Any] = {role: {key: [round(entry[key], 4) for entry in history if entry["role"] == role]
+                                   for key in ("accuracy", "loss")}
+                            for role in ("control", "student") if role in result}
+    config = {**compare.deciding(result["config"]), "seed": result["config"]["seed"]}
     return {"config": config, "commit": result["commit"], **seen}
 
 
@@ -30,14 +31,13 @@ def table(lines: list[dict[str, Any]]) -> str:
     rows, n, and by role the mean over the seeds of the last epochs' accuracy, in %, and loss."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for line in lines:
-        groups.setdefault(json.dumps({**line["config"], "seed": None}), []).append(line)
-    firsts = [group[0]["config"] for group in groups.values()]
-    differ = [name for name in firsts[0] if name != "seed" and len({first[name] for first in firsts}) > 1]
+        groups.setdefault(json.dumps(compare.deciding(line["config"])), []).append(line)
+    differ = compare.differing([compare.deciding(group[0]["config"]) for group in groups.values()])
 
     def mean(group: list[dict[str, Any]], role: str, key: str) -> float:
         return statistics.fmean(statistics.fmean(line[role][key][-LAST:]) for line in group if role in line)
 
-    rows = [[*(f"{name.replace('_', ' ')}" for name in differ), "n", "control", "student"]]
+    rows = [[*(name.replace("_", " ") for name in differ), "n", "control", "student"]]
     rows.append(["---"] * len(rows[0]))
     for group in sorted(groups.values(), key=lambda group: -mean(group, "student", "accuracy")):
         told = [f"{100 * mean(group, role, 'accuracy'):.1f} % ({mean(group, role, 'loss'):.3f})"

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -26,8 +27,9 @@ from tests.torture import command_line, identical
 ROOT = Path(__file__).parent.parent
 
 
-def torchrun(ranks: int, *arguments: str, restarts: int = 0) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
+def torchrun(ranks: int, *arguments: str, restarts: int = 0, meet: tuple[str, ...] = ("--standalone",)
+             ) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", *meet, f"--nproc-per-node={ranks}",
                f"--max-restarts={restarts}", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=150,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -114,14 +116,13 @@ def test_four_ranks_of_two_agents_are_one_run(tiny, tmp_path):
     config = dataclasses.replace(tiny, teacher_epochs=0, epochs=2, views=0, batch_size=16, out=str(tmp_path / "out"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2", "--rdzv-backend=c10d",
-               f"--rdzv-endpoint=127.0.0.1:{port}", "-m", "tests.ranks", str(tmp_path / "notes"), *command_line(config)]
-    agents = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"}) for _ in range(2)]
-    told = [agent.communicate(timeout=150) for agent in agents]
-    assert [agent.returncode for agent in agents] == [0, 0], told
-    results = [json.loads(line) for out, _ in told for line in out.splitlines() if line.startswith("{")]
+        meet = ("--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free.getsockname()[1]}")
+    with ThreadPoolExecutor() as pool:
+        agents = [pool.submit(torchrun, 2, "-m", "tests.ranks", str(tmp_path / "notes"), *command_line(config),
+                              meet=meet) for _ in range(2)]
+    told = [agent.result() for agent in agents]
+    assert [agent.returncode for agent in told] == [0, 0], told
+    results = [json.loads(line) for agent in told for line in agent.stdout.splitlines() if line.startswith("{")]
     assert len(results) == 1 and results[0]["student"]["test_total"] == 12
     notes = [json.loads((tmp_path / f"notes.{rank}.json").read_text()) for rank in range(4)]
     assert sorted(key for one in notes for key in one["views"]) == sorted(f"{v}/{s}" for v in (0, 1) for s in range(42))

@@ -14,6 +14,13 @@ from tests import search
 ROOT = Path(__file__).parent.parent
 
 
+def shown(block: str) -> str:
+    """What the README has between the comments `block: ...` and `/block`."""
+    found = re.search(rf"<!-- {block}: .*? -->\n(.*)<!-- /{block} -->", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert found, block
+    return found[1]
+
+
 def results_table() -> str:
     """A row for every folder of results/, as `python -m kd.report results/NAME/*` sees its runs."""
     lines = ["| runs | n | teacher | control | student | student - control |", "|---|---|---|---|---|---|"]
@@ -39,8 +46,7 @@ def results_table() -> str:
 
 def test_the_results_are_those_of_the_runs():
     """To mend it, put what `results_table` gives between the two comments."""
-    shown = re.search(r"<!-- results: .*? -->\n(.*)<!-- /results -->", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert shown and shown[1] == results_table() + "\n"
+    assert shown("results") == results_table() + "\n"
 
 
 def test_the_search_is_told_as_it_was_and_saw_nothing_of_test():
@@ -52,15 +58,13 @@ def test_the_search_is_told_as_it_was_and_saw_nothing_of_test():
         for role in {"control", "student"} & line.keys():
             assert {key: len(values) for key, values in line[role].items()} == dict.fromkeys(
                 ("accuracy", "loss"), line["config"]["epochs"])
-    shown = re.search(r"<!-- search: .*? -->\n(.*)<!-- /search -->", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert shown and shown[1] == search.table(lines) + "\n"
+    assert shown("search") == search.table(lines) + "\n"
 
 
 def test_the_table_of_flags_is_the_config():
     """To mend it, put what this prints between the two comments."""
     made = cli.flags_table(train.Config, train.RECIPES).replace(cli.CACHE_DIR, "~/.cache/kd")
-    shown = re.search(r"<!-- flags: .*? -->\n(.*)<!-- /flags -->", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert shown and shown[1] == made + "\n"
+    assert shown("flags") == made + "\n"
 
 
 def test_the_worked_diffs_apply_are_short_and_train(photos, tmp_path):
