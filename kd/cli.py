@@ -131,7 +131,7 @@ def fail(message: object, status: int, program: str = "train.py") -> NoReturn:
     """
     if RANK:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(3)
+        time.sleep(10)  # torchrun looks at its ranks ten times a second, but later than that on a busy machine
         message = f"rank {RANK}: {message}"
     print(f"{program}: error: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(status)
