@@ -1,6 +1,9 @@
-"""`python -m tests.search RUN ... > results/search.jsonl`: what a search for settings saw, which is validation alone.
+"""What runs saw of validation: which settings were searched by, and how soon runs that were timed got where.
 
-A line a run: its settings, commit, and each role's accuracy and loss (NLL) on validation, by epoch. `table` is what the
+    python -m tests.search RUN ... > results/search.jsonl
+    python -m tests.search --times RUN ... > results/times.jsonl
+
+A line a run: its settings, commit, and each role's figures on validation, by epoch. `table` and `times` are what the
 README shows of them.
 """
 
@@ -12,15 +15,16 @@ from typing import Any
 
 from kd import compare
 
+PICTURES = 1034  # in the training split of beans
 LAST = 5  # epochs whose mean is told: of one epoch, 133 pictures say little
 
 
-def line_of(run: Path) -> dict[str, Any]:
-    """What a run's folder has to say to the search, ready for JSON."""
+def line_of(run: Path, figures: tuple[str, ...] = ("accuracy", "loss")) -> dict[str, Any]:
+    """What a run's folder has to say of validation, ready for JSON."""
     result = compare.read_result(run)
     history = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     seen: dict[str, Any] = {role: {key: [round(entry[key], 4) for entry in history if entry["role"] == role]
-                                   for key in ("accuracy", "loss")}
+                                   for key in figures}
                             for role in ("control", "student") if role in result}
     config = {**compare.deciding(result["config"]), "seed": result["config"]["seed"]}
     return {"config": config, "commit": result["commit"], **seen}
@@ -47,6 +51,27 @@ def table(lines: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def times(lines: list[dict[str, Any]], rates: dict[str, Any]) -> str:
+    """A row a run: when its student first had 72 and 85 % right on validation, in seconds since its process had its
+    imports. The tutorial's are counted for its own loop instead, at the rate of its steps by `kd.bench compare`."""
+    rows = [["recipe", "size", "epochs", "seed", "images/s", "72 % after", "85 % after", "all epochs"], ["---"] * 8]
+    for line in lines:
+        config, student = line["config"], line["student"]
+        seconds, name, rate = student["elapsed"], "`best`", statistics.median(student["images_per_second"])
+        if config["size"] == rates["size"] and config["batch_size"] == rates["batch_size"]:
+            name, rate = "`tutorial`, in its own loop", rates["tutorial_img_s"]
+            seconds = [(epoch + 1) * PICTURES / rate for epoch in range(config["epochs"])]
+        first = [next((f"{spent:.0f} s" for right, spent in zip(student["accuracy"], seconds, strict=True)
+                       if right >= goal), "never") for goal in (0.72, 0.85)]
+        rows.append([name, *(str(config[key]) for key in ("size", "epochs", "seed")), f"{rate:.1f}", *first,
+                     f"{seconds[-1]:.0f} s"])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 if __name__ == "__main__":
-    for run in map(Path, sys.argv[1:]):
-        print(json.dumps(line_of(run)))
+    if sys.argv[1] == "--times":
+        for run in map(Path, sys.argv[2:]):
+            print(json.dumps(line_of(run, ("accuracy", "elapsed", "images_per_second"))))
+    else:
+        for run in map(Path, sys.argv[1:]):
+            print(json.dumps(line_of(run)))
