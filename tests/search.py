@@ -31,23 +31,23 @@ def line_of(run: Path, figures: tuple[str, ...] = ("accuracy", "loss")) -> dict[
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """A row for all lines that differ in their seed alone, best student first: a column a setting that differs between
-    rows, n, and by role the mean over the seeds of the last epochs' accuracy, in %, and loss."""
+    """A row for all lines that differ in their seed alone, best student first: the settings in which they are not as
+    most rows are, n, and by role the mean over the seeds of the last epochs' accuracy, in %, and loss."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for line in lines:
         groups.setdefault(json.dumps(compare.deciding(line["config"])), []).append(line)
     differ = compare.differing([compare.deciding(group[0]["config"]) for group in groups.values()])
+    usual = {name: statistics.mode(values) for name, values in differ.items()}
 
     def mean(group: list[dict[str, Any]], role: str, key: str) -> float:
         return statistics.fmean(statistics.fmean(line[role][key][-LAST:]) for line in group if role in line)
 
-    rows = [[*(name.replace("_", " ") for name in differ), "n", "control", "student"]]
-    rows.append(["---"] * len(rows[0]))
+    rows = [["changed", "n", "control", "student"], ["---"] * 4]
     for group in sorted(groups.values(), key=lambda group: -mean(group, "student", "accuracy")):
         told = [f"{100 * mean(group, role, 'accuracy'):.1f} % ({mean(group, role, 'loss'):.3f})"
                 if any(role in line for line in group) else "" for role in ("control", "student")]
-        rows.append([*(f"{group[0]['config'][name]:g}" if isinstance(group[0]["config"][name], float) else
-                       str(group[0]["config"][name]) for name in differ), str(len(group)), *told])
+        unusual = [f"{name} {group[0]['config'][name]}" for name in differ if group[0]["config"][name] != usual[name]]
+        rows.append([", ".join(unusual) or "nothing", str(len(group)), *told])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

@@ -61,6 +61,13 @@ def test_the_search_is_told_as_it_was_and_saw_nothing_of_test():
     assert shown("search") == search.table(lines) + "\n"
 
 
+def test_the_times_are_those_that_were_taken():
+    """To mend it, put what `search.times` gives between the two comments."""
+    results = ROOT / "results"
+    lines = [json.loads(line) for line in (results / "times.jsonl").read_text().splitlines()]
+    assert shown("times") == search.times(lines, json.loads((results / "compare.json").read_text())) + "\n"
+
+
 def test_the_table_of_flags_is_the_config():
     """To mend it, put what this prints between the two comments."""
     made = cli.flags_table(train.Config, train.RECIPES).replace(cli.CACHE_DIR, "~/.cache/kd")
