@@ -51,7 +51,7 @@ def test_the_results_are_those_of_the_runs():
 
 def test_the_search_is_told_as_it_was_and_saw_nothing_of_test():
     """To mend it, put what `search.table` gives between the two comments."""
-    lines = [json.loads(line) for line in (ROOT / "results" / "search.jsonl").read_text().splitlines()]
+    lines = search.read_lines(ROOT / "results" / "search.jsonl")
     for line in lines:
         assert line.keys() <= {"config", "commit", "control", "student"}
         assert re.fullmatch(r"[0-9a-f]{40}", line["commit"])
@@ -63,9 +63,9 @@ def test_the_search_is_told_as_it_was_and_saw_nothing_of_test():
 
 def test_the_times_are_those_that_were_taken():
     """To mend it, put what `search.times` gives between the two comments."""
-    results = ROOT / "results"
-    lines = [json.loads(line) for line in (results / "times.jsonl").read_text().splitlines()]
-    assert shown("times") == search.times(lines, json.loads((results / "compare.json").read_text())) + "\n"
+    lines = search.read_lines(ROOT / "results" / "times.jsonl")
+    rates = json.loads((ROOT / "results" / "compare.json").read_text())
+    assert shown("times") == search.times(lines, rates) + "\n"
 
 
 def test_the_table_of_flags_is_the_config():
