@@ -92,14 +92,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kd import card, checkpoint, distributed, fast_cpu, frozen, health, hub, losses, models, report, runtime
-from kd.augment import CODE, SPECS, Spec, epoch_batches
+from kd import losses, models
+from kd.fast import blocks, compiled_teacher
+from kd.machine import checkpoint, console, distributed, files, health, hub, runtime
+from kd.tools import card
+from kd.views import CODE, SPECS, Spec, epoch_batches
 from kd.batches import Teacher, ask_once, ask_teacher, load_batches
-from kd.data import open_dataset
-from kd.images import Data, Split, decode
+from kd.data.sources import open_dataset
+from kd.data.frames import Data, Split, decode
 from kd.logits import LogitStore
 from kd.predict import predict
-from kd.prefetch import prefetch
+from kd.machine.prefetch import prefetch
 from kd.scores import refuse_weak, scores
 
 
@@ -110,9 +113,9 @@ def train_step(student: Callable[[Tensor], Tensor], optimizer: torch.optim.Optim
     """A single training step: forward, loss, backward, update. Returns the loss and the gradient's norm, both still
     on the device: nothing in here waits for it. weight: of this rank's loss, 1 where all ranks have as many samples."""
     total = torch.zeros((), device=x.device)
-    parts = distributed.parts(len(x), accumulate)
+    parts = distributed.split_batch(len(x), accumulate)
     for part in parts:
-        with run.autocast(), distributed.averaging(student, part is parts[-1]):
+        with run.autocast(), distributed.sync_gradients(student, part is parts[-1]):
             logits = student(x[part])
         soft = teacher_logits if teacher_logits is None else teacher_logits[part]
         loss = loss_fn(logits, soft, labels[part], temperature, kd_weight)
@@ -139,7 +142,7 @@ def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup: flo
 
 def fit(role: str, model: nn.Module, prep: models.Preprocessing, data: Data, cfg: Config, run: runtime.Runtime,
         out: Path, *, epochs: int, lr: float, kd_weight: float, teacher: Teacher | None, state: dict[str, Any],
-        stop: runtime.Stop, records: report.Records, push: Callable[[str], None]) -> None:
+        stop: runtime.Stop, records: console.Records, push: Callable[[str], None]) -> None:
     """Train `model`; its best weights by validation accuracy go to `out/role`.
 
     `state` is the run's checkpoint: what is in it is taken up again, and it is saved to `out/last.ckpt` every epoch,
@@ -170,7 +173,7 @@ def fit(role: str, model: nn.Module, prep: models.Preprocessing, data: Data, cfg
     def save() -> None:
         nonlocal last_save, clock
         health.check(steps_health, role, run.amp, model)  # a NaN must never reach the disk
-        at["loss_sum"] = distributed.mean(loss_sum).item()
+        at["loss_sum"] = distributed.mean_over_ranks(loss_sum).item()
         at["train_seconds"] += time.monotonic() - clock
         if teacher:
             teacher.store.flush()
@@ -178,14 +181,14 @@ def fit(role: str, model: nn.Module, prep: models.Preprocessing, data: Data, cfg
                                             "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                                             "scaler": scaler.state_dict()})
         last_save = clock = time.monotonic()
-        distributed.heed(stop)  # which also waits until all ranks' logits are on the disk
+        distributed.stop_if_requested(stop)  # which also waits until all ranks' logits are on the disk
 
     for epoch in range(at["epoch"], epochs):
         view = epoch % cfg.views if cfg.views else epoch
         batches = epoch_batches(cfg.seed, epoch, samples, cfg.batch_size)[at["step"]:]
         model.train()
         clock = time.monotonic()
-        with report.progress(samples, f"{role} {epoch + 1}/{epochs}", initial=at["step"] * cfg.batch_size) as bar:
+        with console.progress(samples, f"{role} {epoch + 1}/{epochs}", initial=at["step"] * cfg.batch_size) as bar:
             for batch in prefetch(load_batches(data, batches, view, teacher, **views, device=run.device), run.device):
                 step = epoch * steps_an_epoch + at["step"]
                 torch.manual_seed(cfg.seed * 1_000_003 + step)  # dropout, where a model has any, is keyed as well
@@ -199,7 +202,7 @@ def fit(role: str, model: nn.Module, prep: models.Preprocessing, data: Data, cfg
                 loss, norm = train_step(forward, optimizer, scaler, models.normalize(batch.views, prep), batch.labels,
                                         soft, loss_fn=loss_fn, temperature=cfg.temperature, kd_weight=kd_weight,
                                         clip=cfg.clip, run=run, accumulate=cfg.accumulate,
-                                        weight=len(batch.samples) * distributed.world() / batch.total)
+                                        weight=len(batch.samples) * distributed.world_size() / batch.total)
                 # --------------------------------
                 at["step"] += 1
                 loss_sum += loss * batch.total
@@ -207,24 +210,24 @@ def fit(role: str, model: nn.Module, prep: models.Preprocessing, data: Data, cfg
                 bar.update(batch.total)
                 if at["step"] % 20 == 0 and not bar.disable:
                     bar.set_postfix(loss=f"{loss.item():.3f}")  # note: waits for the device
-                if any(distributed.largest(stop.signal, time.monotonic() - last_save > 60 * cfg.save_minutes)):
+                if any(distributed.max_over_ranks(stop.signal, time.monotonic() - last_save > 60 * cfg.save_minutes)):
                     save()
         skipped = health.check(steps_health, role, run.amp, model)
-        train_loss = distributed.mean(loss_sum).item() / samples
-        distributed.copy_first(model)  # BatchNorm's statistics, where each rank has its own
+        train_loss = distributed.mean_over_ranks(loss_sum).item() / samples
+        distributed.broadcast_weights(model)  # BatchNorm's statistics, where each rank has its own
         seconds = at["train_seconds"] + time.monotonic() - clock
         logits = predict(model, validation.frames.read, len(validation), prep, cfg.size, run, f"{role} validation",
-                         lambda: save() if distributed.largest(stop.signal)[0] else None)
+                         lambda: save() if distributed.max_over_ranks(stop.signal)[0] else None)
         result = scores(logits, validation.labels)
         entry = {"role": role, "epoch": epoch + 1, "time": time.time(), "train_loss": train_loss, "skipped": skipped,
                  **{key: result[key] for key in ("accuracy", "macro_f1", "loss", "calibration_error", "correct")},
                  "lr": lr, "images_per_second": samples / seconds, "seconds": seconds, "elapsed": records.seconds(),
-                 "teacher_batches": distributed.total(teacher.store.teacher_batches) if teacher else 0}
+                 "teacher_batches": distributed.sum_over_ranks(teacher.store.teacher_batches) if teacher else 0}
         if improved := (result["accuracy"] > at["best"]):
             at.update(best=result["accuracy"], best_epoch=epoch + 1)
             models.save(model, out / role, data.classes, prep, cfg.size,
                         model_card(cfg, role, {role: {**result, **at}}))
-        print(report.epoch_line(entry, epochs, improved), flush=True)
+        print(console.epoch_line(entry, epochs, improved), flush=True)
         state["history"].append(entry)
         records.write(state["history"])
         at.update(epoch=epoch + 1, step=0, train_seconds=0.0)
@@ -237,7 +240,7 @@ def fit(role: str, model: nn.Module, prep: models.Preprocessing, data: Data, cfg
 
 def model_card(cfg: Config, role: str, rows: dict[str, dict[str, Any]]) -> str:
     """The README.md of a saved folder. rows: its own scores on validation, or in the end everybody's on test."""
-    return card.text(role, rows, teacher=cfg.teacher, student=cfg.student, pretrained=cfg.teacher_weights == "imagenet",
+    return card.render_card(role, rows, teacher=cfg.teacher, student=cfg.student, pretrained=cfg.teacher_weights == "imagenet",
                      dataset=cfg.dataset, size=cfg.size, epochs=cfg.epochs, teacher_epochs=cfg.teacher_epochs,
                      temperature=cfg.temperature, kd_weight=cfg.kd_weight, seed=cfg.seed, repo=cfg.push_to_hub,
                      command=cli.command(cfg, RECIPES, FREE_ON_RESUME))
@@ -255,9 +258,9 @@ def main(cfg: Config) -> dict[str, Any]:
     run, environment = runtime.start(cfg.device, cfg.amp, cfg.compile), runtime.environment()
     distributed.join(run.device, cfg.batch_size, cfg.accumulate)
     settings, out = dataclasses.asdict(cfg), Path(cfg.out or f"runs/{cfg.recipe}")
-    again = cfg.resume or bool(distributed.largest(distributed.restarted())[0])
-    state = distributed.from_first(lambda: checkpoint.open_run(out, settings, FREE_ON_RESUME, again, cfg.overwrite))
-    finished = distributed.from_first(lambda: checkpoint.finished(out, state))
+    again = cfg.resume or bool(distributed.max_over_ranks(distributed.restarted())[0])
+    state = distributed.broadcast_from_rank0(lambda: checkpoint.open_run(out, settings, FREE_ON_RESUME, again, cfg.overwrite))
+    finished = distributed.broadcast_from_rank0(lambda: checkpoint.finished(out, state))
     state = state or {"history": [], "done": [], "seconds": 0.0}
     stop = runtime.Stop().install()
 
@@ -269,11 +272,11 @@ def main(cfg: Config) -> dict[str, Any]:
         print(f"{out} is finished: nothing to do")
         push()
         return finished
-    records = report.Records(out, state["seconds"])
+    records = console.Records(out, state["seconds"])
 
     def placed(model: nn.Module) -> nn.Module:
         model = models.check_size(model.to(run.device).to(memory_format=torch.channels_last), cfg.size)
-        return distributed.synchronise_batchnorm(model, run.device) if cfg.sync_bn else fast_cpu.accelerate(model)
+        return distributed.synchronise_batchnorm(model, run.device) if cfg.sync_bn else blocks.accelerate(model)
 
     # 2 data, as the student declares its input
     dataset = open_dataset(cfg.dataset, cfg.seed)
@@ -294,9 +297,9 @@ def main(cfg: Config) -> dict[str, Any]:
     data = decoded(prep.interpolation)  # not before all that can be wrong with the models would have shown
     teacher_data = data if teacher_prep.interpolation == prep.interpolation else decoded(teacher_prep.interpolation)
     facts = {"dataset": data.digest(), "teacher_weights": models.digest(teacher_model), "amp": str(run.amp)}
-    distributed.agree({**settings, **facts}, FREE_ON_RESUME)
+    distributed.check_same_on_all_ranks({**settings, **facts}, FREE_ON_RESUME)
     checkpoint.check_facts(state, facts)
-    checkpoint.write_atomic(out / "config.json", json.dumps(settings, indent=2).encode())
+    files.write_atomic(out / "config.json", json.dumps(settings, indent=2).encode())
     print(f"{run.line} | {dataset.name}: {len(data.train)} + {len(data.validation)} + "
           f"{len(data.test)} pictures, {len(data.classes)} classes, {cfg.size} px | teacher {cfg.teacher} "
           f"({models.parameters(teacher_model):,}) | student {cfg.student} ({models.parameters(student):,}) | "
@@ -305,13 +308,13 @@ def main(cfg: Config) -> dict[str, Any]:
     def trained(role: str, model: nn.Module, cfg: Config, prep: models.Preprocessing, on: Data, epochs: int, lr: float,
                 kd_weight: float, teacher: Teacher | None = None) -> nn.Module:
         if role not in state["done"]:
-            fp32 = cfg.amp == "auto" and fast_cpu.slow_in_bf16(model)
+            fp32 = cfg.amp == "auto" and blocks.slow_in_bf16(model)
             fit(role, model, prep, on, cfg, run._replace(amp=None) if fp32 else run, out, epochs=epochs, lr=lr,
                 kd_weight=kd_weight, teacher=teacher, state=state, stop=stop, records=records, push=push)
             state["done"].append(role)
         if distributed.rank() == 0:
             models.load_saved(out / role, model)
-        return distributed.copy_first(model)
+        return distributed.broadcast_weights(model)
 
     if cfg.teacher_epochs:
         own = dataclasses.replace(cfg, augment=cfg.teacher_augment, views=0)
@@ -324,7 +327,7 @@ def main(cfg: Config) -> dict[str, Any]:
     # 4 its logits: asked for once, then kept for good under all that decides them
     weights = models.digest(teacher_model)
     rounds = min(cfg.views or cfg.epochs, cfg.epochs)
-    compiled = frozen.pays(teacher_model, rounds * len(data.train), cfg.size, cfg.compile)
+    compiled = compiled_teacher.worth_compiling(teacher_model, rounds * len(data.train), cfg.size, cfg.compile)
 
     def store(split: Split, augment: Spec | None, keep: int) -> LogitStore:
         decides = dict(teacher=weights, name=cfg.teacher, prep=teacher_prep, size=cfg.size, augment=augment,
@@ -336,7 +339,7 @@ def main(cfg: Config) -> dict[str, Any]:
     def asked(split: Split, label: str) -> np.ndarray:
         return ask_once(store(split, None, 0), len(split), lambda: predict(
             teacher_model, split.frames.read, len(split), teacher_prep, cfg.size, run, label,
-            lambda: distributed.heed(stop)))
+            lambda: distributed.stop_if_requested(stop)))
 
     on_validation = scores(asked(teacher_data.validation, "teacher validation"), data.validation.labels)
     teacher_test_logits = asked(teacher_data.test, "teacher test")
@@ -346,10 +349,10 @@ def main(cfg: Config) -> dict[str, Any]:
     if not cfg.allow_weak_teacher:
         refuse_weak(cfg.teacher, on_validation["accuracy"], data.validation.labels)
     known = store(teacher_data.train, SPECS[cfg.augment], cfg.topk)
-    teacher = Teacher(frozen.fast(teacher_model, cfg.batch_size, compiled), teacher_prep, teacher_data, known, run)
+    teacher = Teacher(compiled_teacher.compile_frozen(teacher_model, cfg.batch_size, compiled), teacher_prep, teacher_data, known, run)
 
     # 5 the control (the same student, the same recipe, no teacher), then the student
-    rows = {"teacher": report.test_row(cfg.teacher, models.parameters(teacher_model), on_test,
+    rows = {"teacher": console.test_row(cfg.teacher, models.parameters(teacher_model), on_test,
                                        on_validation["accuracy"])}
     test_logits = {"teacher": teacher_test_logits}
     for role in ("control", "student") if cfg.control else ("student",):
@@ -360,29 +363,29 @@ def main(cfg: Config) -> dict[str, Any]:
 
         # 6 the best-by-validation weights, once, on test
         test_logits[role] = logits = predict(model, data.test.frames.read, len(data.test), prep, cfg.size, run,
-                                             f"{role} test", lambda: distributed.heed(stop))
+                                             f"{role} test", lambda: distributed.stop_if_requested(stop))
         best = max(entry["accuracy"] for entry in state["history"] if entry["role"] == role)
         on_test = scores(logits, data.test.labels, teacher_test_logits)
-        rows[role] = report.test_row(cfg.student, models.parameters(model), on_test, best)
+        rows[role] = console.test_row(cfg.student, models.parameters(model), on_test, best)
 
     # 7 report
     if known.dropped:
         print(f"--topk {cfg.topk}: the other classes have {known.dropped_share():.2e} of the teacher's probability")
-    print(report.confusion_table(rows["student"]["confusion"], data.classes), report.table(rows), sep="\n")
+    print(console.confusion_table(rows["student"]["confusion"], data.classes), console.table(rows), sep="\n")
     rates = [entry["images_per_second"] for entry in state["history"] if entry["role"] == "student"]
     result = {**rows, "images_per_second": float(np.median(rates)), "seconds": records.seconds(),
-              "teacher_batches": distributed.total(known.teacher_batches), "topk_dropped": known.dropped_share(),
+              "teacher_batches": distributed.sum_over_ranks(known.teacher_batches), "topk_dropped": known.dropped_share(),
               "config": settings, "environment": environment, "commit": commit}
     if distributed.rank():
         return result
     for role in rows:
         if (out / role).exists():
-            checkpoint.write_atomic(out / role / "README.md", model_card(cfg, role, rows).encode())
+            files.write_atomic(out / role / "README.md", model_card(cfg, role, rows).encode())
     if (out / "result.json").exists():  # the run had ended, but for its page
         result = json.loads((out / "result.json").read_text())
-    checkpoint.write_atomic(out / "result.json", json.dumps(result, indent=2).encode())
+    files.write_atomic(out / "result.json", json.dumps(result, indent=2).encode())
     # after result.json, which a fault in drawing must not cost; --resume comes back here until the page stands
-    from kd import page  # not at the top: its plotting library takes half a second to load
+    from kd.tools import page  # not at the top: its plotting library takes half a second to load
     print("report:", page.draw(out, test_logits, data, dataset.splits["test"].where, rounds, cfg.seed, cfg.size,
                                SPECS[cfg.augment]))
     push()

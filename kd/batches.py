@@ -6,11 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kd import distributed, models
-from kd.augment import Spec, load_views, mixed_labels, partners
-from kd.images import Data
+from kd import models
+from kd.machine import distributed
+from kd.views import Spec, load_views, mixed_labels, partners
+from kd.data.frames import Data
 from kd.logits import LogitStore
-from kd.runtime import Runtime
+from kd.machine.runtime import Runtime
 
 
 class Teacher(NamedTuple):
@@ -36,7 +37,7 @@ def load_batches(data: Data, batches: list[np.ndarray], view: int, teacher: Teac
     """This rank's share of the batches of these sample numbers under one view, in their order, on the device."""
     split = data.train
     for batch in batches:
-        samples = distributed.share(batch)
+        samples = distributed.rank_share(batch)
         views = load_views(split.frames.read, len(split), samples, seed=seed, view=view, size=size, spec=spec,
                            device=device)
         labels = split.labels[samples]
@@ -68,7 +69,7 @@ def ask_once(answers: LogitStore, samples: int, ask: Callable[[], np.ndarray]) -
     """
     everything = np.arange(samples)
     known = answers.get(0, everything)
-    missing = distributed.largest(known is None)[0]
+    missing = distributed.max_over_ranks(known is None)[0]
     logits = answers.logits(0, everything, None if missing else known, lambda: torch.from_numpy(ask()))
     answers.flush()
     return logits.numpy()

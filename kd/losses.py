@@ -16,8 +16,8 @@ a distribution (one-hot, or smoothed), and
     ∂loss/∂s = (1 − λ)·(q₁ − y) + λ·T·(q − p)
 
 So the gradient is made of the very exponentials that the loss needs: one pass over the row gives both, and
-backward has nothing left to do but multiply by the upstream gradient.  `kd/fused_triton.py` (CUDA) and
-`kd/fused_cpu.cpp` (CPU) do that; `closed_form` below is the same in plain ops.
+backward has nothing left to do but multiply by the upstream gradient.  `kd/fast/loss_triton.py` (CUDA) and
+`kd/fast/loss_cpu.cpp` (CPU) do that; `closed_form` below is the same in plain ops.
 """
 import sys
 from collections.abc import Callable
@@ -253,12 +253,12 @@ def prepare(device_type: str) -> str:
         return _kernels[device_type]
     kernel, why = "closed form", f"there is none for {device_type}"
     if device_type == "cpu":
-        from kd import fused_cpu
-        kernel, why = "C++", fused_cpu.load()
+        from kd.fast import loss_cpu
+        kernel, why = "C++", loss_cpu.load()
     elif device_type == "cuda":
         try:
-            from kd import fused_triton
-            fused_triton.register()
+            from kd.fast import loss_triton
+            loss_triton.register()
             kernel, why = "Triton", ""
         except ImportError as error:
             why = str(error)

@@ -20,7 +20,8 @@ import torch
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 
-from kd import BadInput, TrainingFault, distributed, hub
+from kd import BadInput, TrainingFault
+from kd.machine import distributed, hub
 
 
 class Preprocessing(NamedTuple):

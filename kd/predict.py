@@ -1,27 +1,16 @@
-"""Logits of pictures, and what a saved model sees in them:
+"""Logits of a split: the way of validation and test, the same in every rank."""
 
-    python -m kd.predict runs/demo/student IMAGE|FOLDER ... [--top 3] [--json]
-
-The pictures go the way of validation and test: the same decoder, resize, centre crop, normalisation and precision.
-"""
-
-import argparse
-import json
-import math
-import sys
-from pathlib import Path
 from typing import Callable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kd import BadInput, cli, distributed, models, report, runtime
-from kd.images import center_crop
-from kd.pictures import open_picture, to_frame
+from kd import models
+from kd.data.frames import center_crop
+from kd.machine import console, distributed, runtime
 
 BATCH = 64
-FORMATS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}  # looked for in folders
 
 
 @torch.no_grad()
@@ -34,9 +23,9 @@ def predict(model: nn.Module, read: Callable[[np.ndarray], np.ndarray], total: i
     """
     model.eval()
     batches: list[Tensor] = []
-    mine = np.arange(distributed.rank(), total, distributed.world())
-    with report.progress(len(mine), label) as bar, run.autocast():
-        for start in range(0, -(-total // distributed.world()), BATCH):
+    mine = np.arange(distributed.rank(), total, distributed.world_size())
+    with console.progress(len(mine), label) as bar, run.autocast():
+        for start in range(0, -(-total // distributed.world_size()), BATCH):
             stop()  # as often in every rank, for it may ask them all
             if start >= len(mine):
                 break
@@ -47,75 +36,3 @@ def predict(model: nn.Module, read: Callable[[np.ndarray], np.ndarray], total: i
     # one host-device synchronisation for the whole split; a rank may have nothing of a small one
     rows = torch.cat(batches).cpu().numpy() if batches else np.empty((0, 0), np.float32)
     return distributed.gather(rows, total)
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Row-wise probabilities, float64."""
-    shares = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
-    return shares / shares.sum(axis=1, keepdims=True)
-
-
-def pictures(paths: list[str]) -> list[Path]:
-    """Files as given, and every image below a folder, sorted. Raises BadInput for a path that is neither."""
-    found: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            inside = sorted(one for one in path.rglob("*") if one.suffix.lower() in FORMATS and one.is_file())
-            if not inside:
-                raise BadInput(f"{path}: holds no image; give a file, or a folder with images")
-            found += inside
-        elif path.is_file():
-            found.append(path)
-        else:
-            raise BadInput(f"{path}: no such file or folder; give an image or a folder of images")
-    return found
-
-
-def _bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise BadInput(f"{path}: {error.strerror}; give an image that can be read") from error
-
-
-def main(argv: list[str]) -> list[dict]:
-    """Prints, and returns, one row a picture. Raises BadInput."""
-    parser = cli.OneLineParser(prog="python -m kd.predict", description=__doc__, allow_abbrev=False,
-                               formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder that train.py saved, such as runs/demo/student")
-    parser.add_argument("images", nargs="+", metavar="IMAGE|FOLDER")
-    parser.add_argument("--top", type=int, default=3, help="how many classes to name (default: 3)")
-    parser.add_argument("--json", action="store_true", help="one JSON object a picture")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="default: auto, as in "
-                        "training; another precision may move a picture near the border")
-    args = parser.parse_args(argv)
-    if args.top < 1:
-        raise BadInput(f"--top {args.top}: must be at least 1")
-    run = runtime.start(args.device, args.amp, "off")
-    model, prep, size, classes = models.open_saved(args.model)
-    files = pictures(args.images)
-    side = math.floor(size / prep.crop_pct)
-
-    def read(numbers: np.ndarray) -> np.ndarray:
-        return np.stack([to_frame(open_picture(_bytes(files[i]), str(files[i])), size, side, prep.interpolation)
-                         for i in numbers])
-
-    placed = model.to(run.device).to(memory_format=torch.channels_last)  # as train.py has it
-    logits = predict(placed, read, len(files), prep, size, run, "predicting")
-    rows = []
-    width = max(len(str(path)) for path in files)
-    for path, shares in zip(files, softmax(logits), strict=True):
-        best = np.argsort(-shares, kind="stable")[:args.top]
-        row = {"file": str(path), "top": [{"class": classes[i], "probability": float(shares[i])} for i in best]}
-        told = "  ".join(f"{classes[i]} {100 * shares[i]:.1f} %" for i in best)
-        print(json.dumps(row) if args.json else f"{str(path):{width}}  {told}")
-        rows.append(row)
-    return rows
-
-
-if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except BadInput as error:
-        cli.fail(error, error.status, "kd.predict")

@@ -10,7 +10,7 @@ import pytest
 import train
 from kd import BadInput, TrainingFault, cli
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def parse(*argv: str) -> train.Config:

@@ -18,7 +18,7 @@ EPS = torch.finfo(torch.float32).eps
 INF = float("inf")
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))
 DEVICES = ["cpu", CUDA]
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # by tests/test_fused_triton.py; 10 ms a row: fewer rows
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # by tests/fast/test_loss_triton.py; 10 ms a row: fewer rows
 CLASSES = [2, 3, 7, 1000, 1271, 21841]
 BATCHES = [1, 41, 256]
 TEMPERATURES = [0.05, 0.5, 1.0, 4.0, 5.0, 100.0]

@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 import train
-from kd import cli, compare
-from tests import search
+from kd import cli
+from kd.tools import report
+from results import search
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def shown(block: str) -> str:
@@ -22,22 +23,22 @@ def shown(block: str) -> str:
 
 
 def results_table() -> str:
-    """A row for every folder of results/, as `python -m kd.report results/NAME/*` sees its runs."""
+    """A row for every folder of results/, as `python -m kd report results/NAME/*` sees its runs."""
     lines = ["| runs | n | teacher | control | student | student - control |", "|---|---|---|---|---|---|"]
     for folder in sorted(path for path in (ROOT / "results").iterdir() if path.is_dir()):
-        runs = {str(run): compare.read_result(run) for run in sorted(folder.iterdir())}
+        runs = {str(run): report.read_result(run) for run in sorted(folder.iterdir())}
         assert [f"seed-{result['config']['seed']}" for result in runs.values()] == [Path(run).name for run in runs]
         for run, result in runs.items():
             assert re.fullmatch(r"[0-9a-f]{40}", result["commit"]), f"{run} was not made by a committed state"
-        compared = compare.compare(runs, {run: compare.gains(Path(run), result) for run, result in runs.items()})
+        compared = report.compare(runs, {run: report.gains(Path(run), result) for run, result in runs.items()})
         group, = compared["groups"]
         cells = []
-        for role in compare.ROLES:
+        for role in report.ROLES:
             counts = [row[role]["correct"] for row in compared["runs"] if role in row]
             total = next((row[role]["total"] for row in compared["runs"] if role in row), 0)
             once = counts[:1] if len(set(counts)) == 1 else counts  # one teacher for all runs
-            cells.append(f"{compare.around(group[role])} % ({', '.join(map(str, once))} of {total})" if counts else "")
-        gain = f"{compare.around(group['gain'], '+')} points" if group["gain"]["n"] else ""
+            cells.append(f"{report.around(group[role])} % ({', '.join(map(str, once))} of {total})" if counts else "")
+        gain = f"{report.around(group['gain'], '+')} points" if group["gain"]["n"] else ""
         if "interval" in group["gain"]:
             gain += " ({:+.1f} to {:+.1f})".format(*(100 * limit for limit in group["gain"]["interval"]))
         lines.append(f"| `results/{folder.name}` | {group['n']} | {' | '.join(cells)} | {gain} |")

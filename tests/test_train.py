@@ -18,12 +18,13 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from kd import BadInput, TrainingFault, checkpoint, losses, models, runtime
-from kd.images import center_crop
-from kd.pictures import open_picture, to_frame
-from tests.torture import command_line, identical
+from kd import BadInput, TrainingFault, losses, models
+from kd.machine import checkpoint, runtime
+from kd.data.frames import center_crop
+from kd.data.decoding import open_picture, to_frame
+from tests.stress.torture import command_line, identical
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def command(config: train.Config, *more: str) -> list[str]:

@@ -1,0 +1,1 @@
+"""What surrounds the training: device, ranks, files, signals, the console, the Hub."""

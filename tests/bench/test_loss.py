@@ -1,0 +1,47 @@
+"""The benchmark of the loss measures what it says, on shapes small enough to be quick."""
+import json
+
+import pytest
+import torch
+
+from kd import BadInput
+from kd.bench import loss
+from kd.losses import kd_loss
+
+
+def test_tutorial_ops_are_the_reference():
+    """What the fused loss is timed against computes the same number."""
+    s, t, labels = torch.randn(6, 9), torch.randn(6, 9), torch.arange(6)
+    theirs, ours = loss.tutorial_loss(s, t, labels, 5.0, 0.5), kd_loss(s, t, labels, 5.0, 0.5)
+    assert theirs.item() == pytest.approx(ours.item(), rel=1e-5)
+
+
+def test_json_rows(capsys):
+    loss.main(["--json", "--device", "cpu", "--shapes", "64x500,4x3", "--rounds", "3"])
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["shape"] for row in rows] == [[64, 500], [4, 3]]
+    for row in rows:
+        assert row["dtype"] == "float32"
+        for name in ("eager", "compiled", "fused", "floor"):
+            low, high = row[f"{name}_ms_p20_p80"]
+            assert 0 < low <= row[f"{name}_ms"] <= high
+    big = rows[0]
+    assert 1 <= big["extra_bytes_over_logits"] <= 1.2 < 4 < big["eager_extra_bytes_over_logits"]
+
+
+def test_peak_counts_what_is_held_at_once():
+    def work():
+        a = torch.empty(1000)
+        b = torch.empty(500)
+        del a
+        return torch.empty(250) + b[:250]
+
+    assert loss.peak_bytes(work, torch.device("cpu")) == pytest.approx(4 * 1500, abs=64)
+
+
+@pytest.mark.parametrize("argv, named", [
+    (["--shapes", "3"], "--shapes 3"), (["--shapes", "0x3"], "--shapes 0x3"), (["--rounds", "1"], "--rounds 1"),
+    (["--dtype", "int8"], "--dtype"), (["--speed"], "--speed")])
+def test_bad_arguments(argv, named):
+    with pytest.raises(BadInput, match=named):
+        loss.main(argv)

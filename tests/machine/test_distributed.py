@@ -1,0 +1,225 @@
+"""Several ranks against one: real processes under torchrun, on tiny data."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import train
+from kd import BadInput
+from kd.machine import checkpoint, distributed
+from tests.helpers.ranks import watch
+from tests.stress.torture import command_line, identical
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def torchrun(ranks: int, *arguments: str, restarts: int = 0, meet: tuple[str, ...] = ("--standalone",)
+             ) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", *meet, f"--nproc-per-node={ranks}",
+               f"--max-restarts={restarts}", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=150,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.parametrize("student, sync_bn, lr, accumulate", [
+    ("test_convnext", False, 2e-3, 2), ("test_efficientnet", True, 5e-5, 1)])
+def test_two_ranks_train_as_one_does(tiny, tmp_path, student, sync_bn, lr, accumulate):
+    """Under a high rate AdamW, whose first steps are as long for a small gradient as for a large one, makes the
+    rounding of BatchNorm's sums grow: hence the tutorial's rate there."""
+    config = dataclasses.replace(tiny, student=student, sync_bn=sync_bn, lr=lr, teacher_epochs=0, augment="mixup",
+                                 views=0, epochs=3, out=str(tmp_path / "one"))
+    steps = 5
+    if accumulate > 1:
+        config, steps = dataclasses.replace(config, batch_size=16, accumulate=accumulate), 3
+    alone: dict = {}
+    undo = watch(alone)
+    try:
+        one = train.main(config)
+    finally:
+        undo()
+    both = dataclasses.replace(config, out=str(tmp_path / "two"), cache_dir=str(tmp_path / "cache2"))
+    done = torchrun(2, "-m", "tests.helpers.ranks", str(tmp_path / "notes"), *command_line(both))
+    assert done.returncode == 0, done.stderr
+    two = json.loads(done.stdout.splitlines()[-1])  # by rank 0 alone
+    assert sum(line.startswith("{") for line in done.stdout.splitlines()) == 1
+    notes = [json.loads((tmp_path / f"notes.{rank}.json").read_text()) for rank in (0, 1)]
+    assert not notes[0]["views"].keys() & notes[1]["views"].keys()
+    assert {**notes[0]["views"], **notes[1]["views"]} == alone["views"] and len(alone["views"]) == 3 * 42
+    assert notes[0]["losses"] == notes[1]["losses"] and len(alone["losses"]) == 3 * steps
+    assert np.allclose(notes[0]["losses"][:10], alone["losses"][:10], rtol=1e-5, atol=0)
+    assert np.allclose(notes[0]["losses"], alone["losses"], rtol=1e-3, atol=0)
+    assert abs(two["student"]["test_correct"] - one["student"]["test_correct"]) <= 1
+    assert two["teacher_batches"] == 2 * one["teacher_batches"]  # each of half the samples
+    first, second = ([json.loads(line)["train_loss"] for line in (tmp_path / name / "metrics.jsonl").open()]
+                     for name in ("one", "two"))
+    assert np.allclose(first, second, rtol=1e-3, atol=0)
+
+
+def test_a_rank_that_dies_or_is_stopped_ends_the_job_and_a_restart_goes_on_to_the_same_end(tiny, tmp_path):
+    """An epoch has 5 steps. Killed at the 8th: goes on from the 6th. Stopped three steps later: from the 9th."""
+    config = dataclasses.replace(tiny, teacher_epochs=0, epochs=3, views=0)
+    whole, broken, other = (dataclasses.replace(config, out=str(tmp_path / name))
+                            for name in ("whole", "broken", "other"))
+    notes = str(tmp_path / "notes")
+    assert torchrun(2, "-m", "tests.helpers.ranks", notes, *command_line(whole)).returncode == 0
+    order = [list(json.loads(Path(f"{notes}.{rank}.json").read_text())["views"]) for rank in (0, 1)]
+
+    began = time.monotonic()
+    died = torchrun(2, "-m", "tests.helpers.ranks", notes, "--kill", str(signal.SIGKILL.value), "7",
+                    *command_line(broken))
+    assert died.returncode == 1 and time.monotonic() - began < 60
+    assert "Traceback (most recent call last):\n  File \"" + str(ROOT) not in died.stderr
+    assert "train.py: error: another rank has ended" in died.stderr
+
+    # another number of ranks, here one, goes on with the same samples in the same batches
+    shutil.copytree(broken.out, other.out)
+    alone: dict = {}
+    undo = watch(alone)
+    try:
+        train.main(dataclasses.replace(other, resume=True))
+    finally:
+        undo()
+    assert len(alone["losses"]) == 10
+    seen, left = list(alone["views"]), [one[-2 * len(one) // 3:] for one in order]
+    for size in (8, 8, 8, 8, 10) * 2:
+        batch, seen = seen[:size], seen[size:]
+        assert batch == left[0][:size // 2] + left[1][:size // 2]
+        left = [one[size // 2:] for one in left]
+
+    stopped = torchrun(2, "-m", "tests.helpers.ranks", notes, "--kill", str(signal.SIGTERM.value), "3",
+                       *command_line(broken, "--resume"))
+    assert stopped.returncode == 1 and stopped.stderr.count("train.py: error:") == 1, stopped.stderr
+    assert "exitcode  : 143" in stopped.stderr
+    at = checkpoint.read(Path(broken.out) / "last.ckpt")["at"]
+    assert (at["epoch"], at["step"]) == (1, 4)  # the step that rank 1 was in, and both made it
+    again = torchrun(2, "-m", "tests.helpers.ranks", notes, "--kill", str(signal.SIGKILL.value), "3",
+                     *command_line(broken, "--resume"), restarts=1)
+    assert again.returncode == 0, again.stderr
+    identical(checkpoint.read(Path(whole.out) / "last.ckpt"), checkpoint.read(Path(broken.out) / "last.ckpt"))
+
+
+def test_four_ranks_of_two_agents_are_one_run(tiny, tmp_path):
+    """Two torchrun agents, as on two machines, which meet on loopback: each sample is one rank's, in every epoch."""
+    config = dataclasses.replace(tiny, teacher_epochs=0, epochs=2, views=0, batch_size=16, out=str(tmp_path / "out"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meet = ("--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free.getsockname()[1]}")
+    with ThreadPoolExecutor() as pool:
+        agents = [pool.submit(torchrun, 2, "-m", "tests.helpers.ranks", str(tmp_path / "notes"), *command_line(config),
+                              meet=meet) for _ in range(2)]
+    told = [agent.result() for agent in agents]
+    assert [agent.returncode for agent in told] == [0, 0], told
+    results = [json.loads(line) for agent in told for line in agent.stdout.splitlines() if line.startswith("{")]
+    assert len(results) == 1 and results[0]["student"]["test_total"] == 12
+    notes = [json.loads((tmp_path / f"notes.{rank}.json").read_text()) for rank in range(4)]
+    assert sorted(key for one in notes for key in one["views"]) == sorted(f"{v}/{s}" for v in (0, 1) for s in range(42))
+    assert all(one["losses"] == notes[0]["losses"] for one in notes) and len(notes[0]["losses"]) == 2 * 3
+
+
+@pytest.mark.parametrize("batch_size, accumulate, least", [(9, 1, 8), (6, 1, 8), (8, 2, 16)])
+def test_a_batch_that_the_ranks_cannot_share_is_refused(monkeypatch, batch_size, accumulate, least):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(BadInput, match=f"--batch-size {batch_size}: 2 ranks with --accumulate {accumulate} need a "
+                                       f"multiple of 2, of at least {least}"):
+        distributed.join(torch.device("cpu"), batch_size, accumulate)
+
+
+@pytest.mark.parametrize("mine, said", [
+    (["--lr", "0.001"], "error: --lr: rank 0 has 0.002, rank 1 has 0.001"),
+    (["--teacher-weights", "/no.safetensors"], "error: rank 1: --teacher-weights /no.safetensors: no such file")])
+def test_what_the_ranks_do_not_agree_on_or_one_alone_finds_wrong_is_one_line(tiny, tmp_path, monkeypatch, mine, said):
+    script = tmp_path / "two_minds.py"
+    script.write_text(f"import os, sys\nsys.argv += {mine} if os.environ['RANK'] == '1' else []\n"
+                      "import train\nfrom kd import cli\n"
+                      "cli.run(train.main, cli.parse_config(train.Config, train.RECIPES, sys.argv[1:], ''))\n")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    done = torchrun(2, str(script), *command_line(tiny))
+    assert said in done.stderr and done.stderr.count("train.py: error:") == 1
+
+
+@pytest.mark.parametrize("rank, listens", [("0", True), ("1", False)], ids=["a port in use", "nobody there"])
+def test_ranks_that_cannot_meet_say_where(monkeypatch, rank, listens):
+    monkeypatch.setattr(distributed, "PATIENCE", timedelta(seconds=1))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        if listens:
+            taken.listen()
+        port = str(taken.getsockname()[1])
+        for name, value in dict(RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(BadInput, match=f"the 2 ranks cannot meet at 127.0.0.1:{port}.* a free port"):
+            distributed.join(torch.device("cpu"), 8, 1)
+    assert distributed.world_size() == 1
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_the_shares_of_three_ranks_are_put_back_in_order_also_where_one_has_none(monkeypatch, count):
+    rows = np.arange(2 * count).reshape(count, 2)
+    shares = [rows[rank::3] if rank < count else np.empty((0, 0), rows.dtype) for rank in range(3)]
+    monkeypatch.setattr(distributed, "world", lambda: 3)
+    monkeypatch.setattr(distributed.dist, "all_gather_object", lambda told, mine: told.__setitem__(slice(0, 3), shares))
+    for mine in shares:
+        assert np.array_equal(distributed.gather(mine, count), rows)
+
+
+@pytest.mark.parametrize("size, accumulate", [(8, 1), (8, 3), (10, 4), (2, 5)])
+def test_parts_cover_the_batch_once(size, accumulate):
+    parts = distributed.split_batch(size, accumulate)
+    assert [i for part in parts for i in range(size)[part]] == list(range(size))
+    assert len(parts) == min(size, accumulate) and max(p.stop - p.start for p in parts) <= -(-size // accumulate)
+
+
+def test_gradients_are_averaged_once_a_step(monkeypatch):
+    """In the last part's forward; before it, in DDP's `no_sync`."""
+    class Ranked(nn.Linear):
+        within = False
+        seen: tuple[bool, ...] = ()
+
+        @contextlib.contextmanager
+        def no_sync(self):
+            self.within = True
+            yield
+            self.within = False
+
+        def forward(self, x):
+            self.seen = *self.seen, self.within
+            return super().forward(x)
+
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    model = Ranked(4, 3)
+    train.train_step(model, torch.optim.SGD(model.parameters()), torch.amp.GradScaler("cpu", enabled=False),
+                     torch.randn(6, 4), torch.arange(6) % 3, None, loss_fn=train.losses.kd_loss, temperature=1.0,
+                     kd_weight=0.0, clip=1.0, run=train.runtime.start("cpu", "off", "off"), accumulate=3)
+    assert model.seen == (True, True, False)
+
+
+def test_accumulated_parts_are_the_whole_batch(tiny):
+    gradients, losses = [], []
+    x, labels, soft = torch.randn(10, 3, 8, 8), torch.randint(0, 3, (10,)), torch.randn(10, 3)
+    for accumulate in (1, 3):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 3))
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        before = [p.detach().clone() for p in model.parameters()]
+        loss, norm = train.train_step(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), x, labels, soft,
+                                      loss_fn=train.losses.kd_loss, temperature=5.0, kd_weight=0.5, clip=1e9,
+                                      run=train.runtime.start("cpu", "off", "off"), accumulate=accumulate)
+        losses.append(loss.item())
+        gradients.append(torch.cat([(a - b).flatten() for a, b in zip(before, model.parameters(), strict=True)]))
+    assert np.isclose(losses[0], losses[1], rtol=1e-6)
+    assert torch.allclose(gradients[0], gradients[1], rtol=1e-5, atol=1e-6)

@@ -1,0 +1,136 @@
+"""Views: the same key makes the same bits, whatever else is in the batch; and the pixels are the right ones."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kd.views import (SPECS, Spec, crop_boxes, epoch_batches, load_views, make_views, mix, mixed_labels, partners,
+                      uniforms)
+from kd.data.frames import center_crop
+
+FRAMES = np.random.default_rng(0).integers(0, 256, (40, 36, 36, 3), dtype=np.uint8)
+
+
+def views(samples, *, seed=0, view=0, name="crop", size=32):
+    numbers = np.asarray(samples)
+    return load_views(FRAMES.__getitem__, len(FRAMES), numbers, seed=seed, view=view, size=size, spec=SPECS[name],
+                      device=torch.device("cpu"))
+
+
+@settings(deadline=None, derandomize=True, max_examples=40)
+@given(st.lists(st.integers(0, 39), min_size=1, max_size=20), st.integers(0, 2**40), st.integers(0, 500),
+       st.sampled_from(sorted(SPECS)))
+def test_a_view_does_not_depend_on_its_batch(samples, seed, view, name):
+    together = views(samples, seed=seed, view=view, name=name)
+    for place, sample in enumerate(samples):
+        assert torch.equal(together[place], views([sample], seed=seed, view=view, name=name)[0])
+
+
+def test_another_seed_sample_or_view_is_another_picture():
+    frames = np.repeat(FRAMES[:1], 2, axis=0)
+    one, other = make_views(torch.from_numpy(frames), np.array([0, 1]), seed=0, view=0, size=32, spec=SPECS["crop"])
+    assert not torch.equal(one, other)
+    assert not torch.equal(views([3]), views([3], seed=1))
+    assert not torch.equal(views([3]), views([3], view=1))
+
+
+@pytest.mark.parametrize("size", range(29, 37))
+def test_without_augmentation_a_view_is_the_centre_crop_of_evaluation(size):
+    expected = center_crop(FRAMES[:5], size).transpose(0, 3, 1, 2)
+    for view in (0, 7):
+        assert np.array_equal(views(range(5), view=view, name="none", size=size).numpy(), expected)
+
+
+def test_a_flip_only_reorders_the_centre_crop():
+    plain = views(range(40), name="none")
+    flipped = views(range(40), name="flip")
+    kinds = [next(kind for kind, dims in enumerate([(), (1,), (2,), (1, 2)])
+                  if torch.equal(flipped[i], plain[i].flip(dims))) for i in range(40)]
+    assert set(kinds) == {0, 1, 2, 3}
+
+
+def test_a_crop_of_a_ramp_shows_the_box_that_was_drawn():
+    # red is the column, green the row: bilinear sampling of a ramp is exact, so pixels tell where they come from
+    ramp = np.zeros((1, 200, 200, 3), np.uint8)
+    ramp[..., 0], ramp[..., 1] = np.arange(200), np.arange(200)[:, None]
+    spec = Spec(crop=0.35)
+    for view in range(20):
+        made = make_views(torch.from_numpy(ramp), np.array([0]), seed=3, view=view, size=50, spec=spec)[0].numpy()
+        left, top, width, height = (float(v[0]) for v in crop_boxes(uniforms(3, np.array([0]), view, 10)[:, :4], 0.35))
+        for axis, (start, extent) in enumerate([(left, width), (top, height)]):
+            at = (start + (np.arange(50) + 0.5) / 50 * extent) * 200 - 0.5
+            row = made[axis, 10, :] if axis == 0 else made[axis, :, 10]
+            assert np.abs(row - np.clip(at, 0, 199)).max() <= 0.51
+
+
+def test_boxes_stay_inside_and_cover_the_range():
+    left, top, width, height = crop_boxes(uniforms(0, np.arange(5000), 0, 4), 0.35)
+    assert (left >= 0).all() and (top >= 0).all() and (left + width <= 1 + 1e-12).all()
+    assert (top + height <= 1 + 1e-12).all()
+    area = width * height
+    assert area.min() >= 0.25 and 0.34 < np.quantile(area, 0.02) < 0.40 and area.max() > 0.97
+
+
+def test_the_uniforms_are_uniform_and_uncorrelated():
+    draw = uniforms(1, np.arange(20000), 5, 3)
+    assert draw.min() >= 0 and draw.max() < 1
+    assert np.abs(draw.mean(0) - 0.5).max() < 0.01 and np.abs(draw.var(0) - 1 / 12).max() < 0.002
+    columns = np.concatenate([draw, uniforms(2, np.arange(20000), 5, 1), uniforms(1, np.arange(20000), 6, 1),
+                              np.roll(draw[:, :1], 1, axis=0)], axis=1)
+    assert np.abs(np.corrcoef(columns.T) - np.eye(6)).max() < 0.03
+
+
+def test_the_uniforms_are_the_hash_that_the_docstring_names():
+    # again, in Python's own whole numbers; stored logits and resumed runs depend on these very bits
+    mask, golden = 2**64 - 1, 0x9E3779B97F4A7C15
+
+    def finaliser(state: int) -> int:
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & mask
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & mask
+        return state ^ state >> 31
+
+    key = finaliser(7 * golden + 1 & mask)
+    key = finaliser(key ^ (2 * golden + 2 & mask))
+    key = finaliser(key ^ (3 * golden + 3 & mask))
+    expected = [(finaliser(key + golden * j & mask) >> 11) / 2**53 for j in (1, 2)]
+    assert uniforms(7, np.array([3]), 2, 2).tolist() == [expected]
+    assert expected == [0.45700621794983787, 0.4691868232533729]
+
+
+def test_mixup_mixes_the_views_of_two_samples_and_their_labels():
+    samples = np.arange(10)
+    made = views(samples, seed=5, view=2, name="mixup")
+    others, share = partners(5, samples, 2, 40, SPECS["mixup"].mixup)
+    assert share.min() >= 0 and share.max() <= 0.5 and share.std() > 0.05 and 0 <= others.min() <= others.max() < 40
+    for i in range(10):
+        own, partner = views([i], seed=5, view=2)[0].double(), views([others[i]], seed=5, view=2)[0].double()
+        expected = own * (1 - share[i]) + partner * share[i]
+        assert (made[i].double() - expected).abs().max() <= 0.501
+    labels = mixed_labels(np.arange(10) % 3, others % 3, share, 3)
+    assert labels.dtype == np.float32 and np.allclose(labels.sum(1), 1)
+    assert np.isclose(labels[0, 0], 1 - share[0] + share[0] * (others[0] % 3 == 0))
+
+
+def test_mix_at_the_ends():
+    a, b = torch.full((1, 3, 2, 2), 10, dtype=torch.uint8), torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)
+    assert torch.equal(mix(a, b, np.array([0.0])), a) and torch.equal(mix(a, b, np.array([1.0])), b)
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(st.integers(2, 200), st.integers(2, 40), st.integers(0, 2**32), st.integers(0, 300))
+def test_an_epoch_meets_every_sample_once_and_never_alone(samples, batch_size, seed, epoch):
+    batches = epoch_batches(seed, epoch, samples, batch_size)
+    assert sorted(np.concatenate(batches)) == list(range(samples))
+    least = min(samples, max(2, batch_size / 2))
+    assert all(least <= len(batch) <= 1.5 * batch_size for batch in batches)
+    assert all(len(batch) == batch_size for batch in batches[:-1])
+    assert len(batches) <= -(-samples // batch_size)
+    again = epoch_batches(seed, epoch, samples, batch_size)
+    assert all(np.array_equal(one, two) for one, two in zip(batches, again, strict=True))
+
+
+def test_epochs_and_seeds_shuffle_differently():
+    orders = [np.concatenate(epoch_batches(seed, epoch, 50, 8)).tolist() for seed in (0, 1) for epoch in (0, 1)]
+    assert len({tuple(order) for order in orders}) == 4
