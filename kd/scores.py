@@ -1,52 +1,52 @@
-"""Scores of a classifier from its logits: accuracy, macro-F1, NLL, calibration, agreement with the teacher.
+"""Scores of a classifier from its logits, and whether the difference between two classifiers may be chance.
 
-Logits are collected once (kd/predict.py) and scored on the host in float64; nothing is averaged over batches, so a
-ragged last batch weighs what it should.
+Logits are collected once (`kd/predict.py`) and scored on the host in float64. Nothing is averaged over
+batches, so that a short last batch has the weight of its samples.
 """
 
-from typing import Any
+from typing import Any, Callable, NamedTuple
 
 import numpy as np
 
 from kd import BadInput
 
+BINS = 15            # of confidence, as in Guo et al. 2017
+SIGNIFICANCE = 0.05  # a difference with a larger p is called chance
+
+
+# ---- probabilities ----------------------------------------------------------------------------
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Row-wise, float64, stable for logits of any size."""
+    """Row-wise log-probabilities of `(N, C)`, float64, stable for logits of any size."""
     shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 
 
-def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
-    """`(C, C)` int64: row is the true class, column the predicted one."""
-    return np.bincount(labels * classes + predicted, minlength=classes * classes).reshape(classes, classes)
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Row-wise probabilities of `(N, C)`, float64, stable for logits of any size."""
+    unnormalized = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    return unnormalized / unnormalized.sum(axis=1, keepdims=True)
 
 
-def macro_f1(confusion: np.ndarray) -> float:
-    """The mean over classes of F1 = 2·TP / (2·TP + FP + FN); a class that is neither true nor predicted counts 0."""
-    hits = np.diag(confusion)
-    return float(np.mean(2 * hits / np.maximum(confusion.sum(axis=0) + confusion.sum(axis=1), 1)))
+# ---- scores of one classifier -----------------------------------------------------------------
 
+def scores(logits: np.ndarray, labels: np.ndarray,
+           teacher_logits: np.ndarray | None = None) -> dict[str, Any]:
+    """All scores of logits `(N, C)` against labels `(N,)`, as plain numbers and lists, ready for JSON.
 
-def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> float:
-    """Expected calibration error (Guo et al. 2017, eq. 3) with `bins` equal-width bins of the top probability."""
-    place = np.minimum((confidence * bins).astype(int), bins - 1)
-    gaps = [abs(correct[place == b].mean() - confidence[place == b].mean()) * (place == b).mean()
-            for b in range(bins) if (place == b).any()]
-    return float(sum(gaps))
-
-
-def scores(logits: np.ndarray, labels: np.ndarray, teacher_logits: np.ndarray | None = None) -> dict[str, Any]:
-    """All scores of logits `(N, C)` against labels `(N,)`; plain floats and lists, ready for JSON."""
-    logp = log_softmax(logits)
+    `loss` is the cross-entropy, in nats. `agreement_with_teacher` is the share of samples on which
+    student and teacher predict the same class, and is there only if `teacher_logits` are given.
+    """
+    log_probabilities = log_softmax(logits)
     predicted = logits.argmax(axis=1)
     confusion = confusion_matrix(labels, predicted, logits.shape[1])
     correct = int(np.trace(confusion))
     result = {
         "accuracy": correct / len(labels), "correct": correct, "total": len(labels),
         "macro_f1": macro_f1(confusion),
-        "loss": float(-logp[np.arange(len(labels)), labels].mean()),
-        "calibration_error": calibration_error(np.exp(logp.max(axis=1)), predicted == labels),
+        "loss": float(-log_probabilities[np.arange(len(labels)), labels].mean()),
+        "calibration_error": calibration_error(np.exp(log_probabilities.max(axis=1)),
+                                               predicted == labels),
         "confusion": confusion.tolist(),
     }
     if teacher_logits is not None:
@@ -54,15 +54,153 @@ def scores(logits: np.ndarray, labels: np.ndarray, teacher_logits: np.ndarray | 
     return result
 
 
+def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
+    """`(C, C)` int64: a row is the true class, a column the predicted one."""
+    cells = np.bincount(labels * classes + predicted, minlength=classes * classes)
+    return cells.reshape(classes, classes)
+
+
+def macro_f1(confusion: np.ndarray) -> float:
+    """The mean over classes of F1 = 2·TP / (2·TP + FP + FN).
+
+    A class that is neither true nor predicted counts as 0.
+    """
+    true_positives = np.diag(confusion)
+    true_and_predicted = confusion.sum(axis=0) + confusion.sum(axis=1)
+    return float(np.mean(2 * true_positives / np.maximum(true_and_predicted, 1)))
+
+
+class Bin(NamedTuple):
+    """The samples whose confidence lies in one interval."""
+
+    middle: float      # of the interval
+    confidence: float  # mean
+    accuracy: float
+    count: int
+
+
+def calibration_bins(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -> list[Bin]:
+    """The samples by confidence, in equal intervals of [0, 1], without the empty ones.
+
+    confidence: the top probability, `(N,)`; correct: whether the top class is the true one, `(N,)`.
+    """
+    number = np.minimum((confidence * bins).astype(int), bins - 1)
+    inside = ((b, number == b) for b in range(bins))
+    return [Bin((b + 0.5) / bins, float(confidence[here].mean()), float(correct[here].mean()), int(here.sum()))
+            for b, here in inside if here.any()]
+
+
+def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -> float:
+    """Expected calibration error (Guo et al. 2017, eq. 3): the mean gap of accuracy and confidence.
+
+    confidence: the top probability, `(N,)`; correct: whether the top class is the true one, `(N,)`.
+    """
+    gaps = [abs(one.accuracy - one.confidence) * (one.count / len(confidence))
+            for one in calibration_bins(confidence, correct, bins)]
+    return float(sum(gaps))
+
+
+def test_row(name: str, params: int, test_scores: dict[str, Any], validation_accuracy: float) -> dict[str, Any]:
+    """One model in result.json: its test scores, and the validation accuracy by which its weights were chosen."""
+    row: dict[str, Any] = {"model": name, "params": params, "validation_accuracy": validation_accuracy}
+    for key, value in test_scores.items():
+        row[f"test_{key}" if key in ("accuracy", "macro_f1", "correct", "total") else key] = value
+    return row
+
+
+# ---- is the teacher good enough? --------------------------------------------------------------
+
 def chance_level(labels: np.ndarray) -> float:
-    """The accuracy that a constant answer reaches within two standard errors: below it a teacher knows nothing."""
+    """The accuracy of the best constant answer to labels `(N,)`, plus two standard errors.
+
+    A teacher below it may have learned nothing.
+    """
     share = np.bincount(labels).max() / len(labels)
     return float(share + 2 * np.sqrt(share * (1 - share) / len(labels)))
 
 
 def refuse_weak(teacher: str, accuracy: float, labels: np.ndarray) -> None:
-    """Raise BadInput for a teacher whose accuracy on these labels is near chance."""
+    """Raise BadInput for a teacher whose accuracy on these labels `(N,)` is near chance."""
     if accuracy <= chance_level(labels):
-        raise BadInput(f"--teacher {teacher}: {100 * accuracy:.1f} % on validation is near chance: its soft targets "
-                       f"would be noise; fine-tune it with --teacher-epochs, give trained --teacher-weights, or insist "
-                       f"with --allow-weak-teacher")
+        raise BadInput(f"--teacher {teacher}: {100 * accuracy:.1f} % on validation is near chance: its soft "
+                       f"targets would be noise; fine-tune it with --teacher-epochs, give trained "
+                       f"--teacher-weights, or insist with --allow-weak-teacher")
+
+
+# ---- what was the teacher worth? --------------------------------------------------------------
+
+def compare_paired(first: np.ndarray, second: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """Two classifiers on the same samples, such as student and control; ready for JSON.
+
+    first, second: logits `(N, C)`; labels: `(N,)`. The result has `gain`, the accuracy of the first
+    minus that of the second; `images`, the same as a count; `only_first` and `only_second`, the
+    samples that only one of them has right; and `p`, see `mcnemar_p`.
+    """
+    first_correct, second_correct = first.argmax(axis=1) == labels, second.argmax(axis=1) == labels
+    only_first = int((first_correct & ~second_correct).sum())
+    only_second = int((second_correct & ~first_correct).sum())
+    images = only_first - only_second
+    return {"gain": images / len(labels), "images": images, "only_first": only_first,
+            "only_second": only_second, "p": mcnemar_p(only_first, only_second)}
+
+
+def mcnemar_p(only_first: int, only_second: int) -> float:
+    """McNemar's exact test, two-sided (McNemar 1947).
+
+    The probability that two equally good classifiers, of which exactly one is right on
+    `only_first + only_second` samples, split them at least as unevenly.
+    """
+    fewer, total = min(only_first, only_second), only_first + only_second
+    # the lower tail of a binomial in whole numbers: `ways` is "total choose count"
+    ways = tail = 1
+    for count in range(fewer):
+        ways = ways * (total - count) // (count + 1)
+        tail += ways
+    return min(1.0, 2 * tail / 2 ** total)
+
+
+def gain_lines(rows: dict[str, dict[str, Any]], paired: dict[str, Any]) -> list[str]:
+    """Two lines of plain text: the gain from the teacher, and the headroom that there was.
+
+    rows: by role, as in result.json; paired: `compare_paired` of student and control.
+    """
+    images, total = paired["images"], rows["student"]["test_total"]
+    gain = (f"gain from the teacher (student − control): {format_points(paired['gain'])}, "
+            f"{_minus(f'{images:+d}')} {'image' if abs(images) == 1 else 'images'} of {total}, "
+            f"exact McNemar p = {paired['p']:.2g}")
+    if paired["p"] > SIGNIFICANCE:
+        gain += ": within chance"
+
+    headroom = rows["teacher"]["test_accuracy"] - rows["control"]["test_accuracy"]
+    teacher, control, student = (rows[role]["test_correct"] for role in ("teacher", "control", "student"))
+    if teacher <= control:
+        meaning = "this teacher is no better than the control"
+    elif student > teacher:
+        meaning = "the student is better than its teacher"
+    else:
+        meaning = "no teacher can give more"
+    return [gain, f"headroom (teacher − control): {format_points(headroom)}: {meaning}"]
+
+
+def format_points(difference: float) -> str:
+    """`+11.7 points` from a difference of two shares."""
+    rounded = round(100 * difference, 1) + 0.0  # adding zero makes -0.0 positive
+    return f"{_minus(f'{rounded:+.1f}')} points"
+
+
+def _minus(number: str) -> str:
+    """With the minus sign that is as wide as a plus."""
+    return number.replace("-", "−")
+
+
+def bootstrap_interval(statistic: Callable[..., np.ndarray], *sizes: int, draws: int = 10_000) -> list[float]:
+    """The 95 % percentile interval of a statistic, by drawing its items again (Efron 1979).
+
+    sizes: how many items there are along each axis, such as runs and images. Each axis is drawn
+    with replacement, independently of the others, from a generator with a fixed seed.
+    statistic: takes one int64 array `(draws, size)` for each axis, which says how often a draw has
+    each item, and returns the value in each draw, `(draws,)`.
+    """
+    generator = np.random.default_rng(0)
+    counts = [generator.multinomial(size, np.full(size, 1 / size), size=draws) for size in sizes]
+    return [float(limit) for limit in np.quantile(statistic(*counts), [0.025, 0.975])]
