@@ -105,6 +105,14 @@ def parse_config(config_class: type, recipes: dict[str, dict[str, Any]], argv: l
     return config
 
 
+def parse_or_exit(config_class: type, recipes: dict[str, dict[str, Any]], doc: str | None) -> Any:
+    """`parse_config` of the command line; a mistake ends the process with one line and status 2."""
+    try:
+        return parse_config(config_class, recipes, sys.argv[1:], doc or "")
+    except BadInput as error:
+        fail(error, error.status)
+
+
 def command(config: Any, recipes: dict[str, dict[str, Any]], skip: set[str]) -> str:
     """The shortest command that gives `config` again, but for the flags in `skip`: a pure function of `config`.
 

@@ -45,6 +45,11 @@ def _declared(model: nn.Module) -> dict[str, Any]:
     return config
 
 
+def architecture(model: nn.Module) -> str:
+    """timm's name of the architecture, without the tag of its weights."""
+    return _declared(model)["architecture"]
+
+
 def normalize(views: Tensor, prep: Preprocessing) -> Tensor:
     """uint8 `(B, 3, H, W)` to float32 of the same shape and memory format: (x / 255 - mean) / std."""
     make = _on_gpu if views.is_cuda else torch.tensor

@@ -1,6 +1,6 @@
-"""Logits of a split: the way of validation and test, the same in every rank."""
+"""Logits of a whole split, the way of validation and test."""
 
-from typing import Callable
+from typing import Callable, Protocol
 
 import numpy as np
 import torch
@@ -8,31 +8,44 @@ from torch import Tensor, nn
 
 from kd import models
 from kd.data.frames import center_crop
-from kd.machine import console, distributed, runtime
+from kd.machine import console, distributed
+from kd.machine.runtime import Runtime
 
 BATCH = 64
 
 
-@torch.no_grad()
-def predict(model: nn.Module, read: Callable[[np.ndarray], np.ndarray], total: int, prep: models.Preprocessing,
-            size: int, run: runtime.Runtime, label: str, stop: Callable[[], None] = lambda: None) -> np.ndarray:
-    """Logits `(total, C)` float32 under timm's eval transform (resize, centre crop, normalise), in eval mode.
+class Readable(Protocol):
+    """Resized pictures by number, such as `kd.data.frames.Frames`."""
 
-    read: sample numbers to resized uint8 frames `(B, R, R, 3)`; stop: called before every batch, to leave by raising.
-    Every rank computes its share, and has all of them in the end.
+    def __len__(self) -> int: ...
+
+    def read(self, numbers: np.ndarray) -> np.ndarray:
+        """uint8 `(B, R, R, 3)`."""
+
+
+@torch.no_grad()
+def predict(model: nn.Module, frames: Readable, prep: models.Preprocessing, size: int, runtime: Runtime, label: str,
+            stop: Callable[[], None] = lambda: None) -> np.ndarray:
+    """Logits `(N, C)` float32 under timm's eval transform (resize, centre crop, normalise), in eval mode.
+
+    label  names the progress bar
+    stop   called before every batch; leaves by raising
+    Collective: each rank computes every n-th row, and all ranks return all rows.
     """
     model.eval()
-    batches: list[Tensor] = []
-    mine = np.arange(distributed.rank(), total, distributed.world_size())
-    with console.progress(len(mine), label) as bar, run.autocast():
-        for start in range(0, -(-total // distributed.world_size()), BATCH):
-            stop()  # as often in every rank, for it may ask them all
+    total, ranks = len(frames), distributed.world_size()
+    mine = np.arange(distributed.rank(), total, ranks)
+    rows: list[Tensor] = []
+    with console.progress(len(mine), label) as bar, runtime.autocast():
+        for start in range(0, -(-total // ranks), BATCH):
+            stop()  # may ask all ranks, so each calls it equally often, also one that has no rows left
             if start >= len(mine):
                 break
-            frames = read(mine[start:start + BATCH])
-            pixels = torch.from_numpy(center_crop(frames, size)).to(run.device).permute(0, 3, 1, 2)
-            batches.append(model(models.normalize(pixels, prep)).float())
-            bar.update(len(frames))
-    # one host-device synchronisation for the whole split; a rank may have nothing of a small one
-    rows = torch.cat(batches).cpu().numpy() if batches else np.empty((0, 0), np.float32)
-    return distributed.gather(rows, total)
+            some = frames.read(mine[start:start + BATCH])
+            pixels = torch.from_numpy(center_crop(some, size)).to(runtime.device).permute(0, 3, 1, 2)
+            rows.append(model(models.normalize(pixels, prep)).float())
+            bar.update(len(some))
+
+    # The host waits for the device once a split. A rank may have no row of a small split.
+    logits = torch.cat(rows).cpu().numpy() if rows else np.empty((0, 0), np.float32)
+    return distributed.gather(logits, total)

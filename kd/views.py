@@ -1,44 +1,52 @@
 """Views: the augmentation of a sample, fixed by `(seed, sample, view)` and by nothing else.
 
-A view must be made again, bit for bit, by any worker, in any batch order, after a resume, and once for the teacher
-and once for the student ("a good teacher is patient and consistent", Beyer et al. 2022: both must see the same
-crop). So every random number here is a hash of a key (counter-based, after Salmon et al. 2011), never a draw from a
-generator with state; and every pixel is computed by elementwise operations, whose rounding does not depend on which
+A view must come out the same, bit for bit, in any worker, in any order of batches, after a resume, and for the teacher
+and the student alike. ("A good teacher is patient and consistent", Beyer et al. 2022: both must see the same crop.)
+
+So every random number is a hash of a key (a counter-based generator, Salmon et al. 2011), never a draw from a
+generator with state. And every pixel is computed by elementwise operations, whose rounding does not depend on which
 other samples share the batch.
 
-The random numbers are made on the host (some ten a sample); the pixels are made in one batch on the device.
+The random numbers are made on the host, about ten a sample. The pixels are made on the device, a batch at a time.
 """
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Callable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kd import augmentations
+from kd.augmentations import (AREA, ASPECT, BRIGHTNESS, CONTRAST, FLIP_X, FLIP_Y, LEFT, PARTNER, PARTNER_SHARE,
+                              RANDOM_NUMBERS, SATURATION, TOP, Augmentation)
 
-# what is kept under a view's key is good only for the code that made it
-CODE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-
-
-class Spec(NamedTuple):
-    """What a view may do. All zero is the identity: the centre crop of evaluation."""
-
-    crop: float = 0.0     # smallest area of the random resized crop, as a share of the frame; 0: the centre crop
-    flip: float = 0.0     # probability of a left-right flip, and of an up-down flip
-    colour: float = 0.0   # brightness, contrast and saturation each move by a factor in [1 - colour, 1 + colour]
-    mixup: float = 0.0    # samples are mixed with a partner at a share uniform in [0, mixup / 2]; 0: none
+# The teacher's logits of a view are kept on disk. They are valid only for the code that made the view.
+CODE = hashlib.sha256(Path(__file__).read_bytes() + Path(augmentations.__file__).read_bytes()).hexdigest()
 
 
-SPECS = {
-    "none": Spec(),
-    "flip": Spec(flip=0.5),
-    "crop": Spec(crop=0.35, flip=0.5, colour=0.2),
-    "mixup": Spec(crop=0.35, flip=0.5, colour=0.2, mixup=1.0),
-}
+@dataclass(frozen=True)
+class Views:
+    """Which pixels the epochs of a training see."""
 
+    seed: int
+    size: int                     # side of the square view, in pixels
+    augmentation: Augmentation
+    count: int                    # K: how many views a sample has; 0: a fresh one in every epoch
+
+    def index(self, epoch: int) -> int:
+        """The view that `epoch` (counted from 0) sees of every sample."""
+        return epoch % self.count if self.count else epoch
+
+    def used(self, epochs: int) -> int:
+        """How many different views of a sample that many epochs see."""
+        return min(self.count or epochs, epochs)
+
+
+# ---- random numbers from keys --------------------------------------------------------------------------------
 
 def mix_bits(state: np.ndarray) -> np.ndarray:
     """The finaliser of SplitMix64 (Steele, Lea and Flood 2014): a bijection of uint64 that looks random."""
@@ -47,7 +55,7 @@ def mix_bits(state: np.ndarray) -> np.ndarray:
     return state ^ (state >> np.uint64(31))
 
 
-def uniforms(seed: int, samples: np.ndarray, view: int, count: int) -> np.ndarray:
+def uniforms(seed: int, samples: np.ndarray, view: int, count: int = RANDOM_NUMBERS) -> np.ndarray:
     """`(B, count)` float64 in [0, 1): number j of sample i is a hash of (seed, samples[i], view, j)."""
     golden = np.uint64(0x9E3779B97F4A7C15)
     with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is the point
@@ -58,107 +66,116 @@ def uniforms(seed: int, samples: np.ndarray, view: int, count: int) -> np.ndarra
     return (bits >> np.uint64(11)).astype(np.float64) / 2.0**53
 
 
-def epoch_batches(seed: int, epoch: int, samples: int, batch_size: int) -> list[np.ndarray]:
-    """The batches of an epoch, each int64 `(B,)` of sample numbers: a shuffle that depends on (seed, epoch) alone.
+# ---- one view ------------------------------------------------------------------------------------------------
 
-    The last may be short, down to half a batch; a shorter one joins the batch before it. So every batch can be shared
-    by as many ranks as half a batch has samples, and BatchNorm never meets one sample alone.
+def make_views(frames: Tensor, samples: np.ndarray, view: int, views: Views) -> Tensor:
+    """One view of each sample, before mixup, which needs two of them (`mix`).
+
+    frames   uint8 `(B, R, R, 3)`, the decoded samples
+    samples  int64 `(B,)`, their numbers in the split
+    Returns uint8 `(B, 3, size, size)`, channels_last, on the device of `frames`.
     """
-    order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(samples)
-    cuts = list(range(batch_size, samples, batch_size))
-    if cuts and samples - cuts[-1] < max(2, batch_size / 2):
-        cuts.pop()
-    return np.split(order, cuts)
+    random = uniforms(views.seed, samples, view)
+    if views.augmentation.crop == 0:
+        pixels = _centre_crops(frames, random, views.size, views.augmentation.flip)
+    else:
+        pixels = _random_crops(frames, random, views.size, views.augmentation)
+    return pixels.contiguous(memory_format=torch.channels_last)
 
 
-def partners(seed: int, samples: np.ndarray, view: int, total: int, mixup: float) -> tuple[np.ndarray, np.ndarray]:
-    """Mixup's other half: for each sample a partner among all `total`, and its share, uniform in [0, mixup / 2]."""
-    draw = uniforms(seed, samples, view, 12)[:, 10:]
-    return np.minimum((draw[:, 0] * total).astype(np.int64), total - 1), draw[:, 1] * mixup / 2
+def _centre_crops(frames: Tensor, random: np.ndarray, size: int, flip: float) -> Tensor:
+    """The very pixels of the evaluation transform. A flip only reorders them."""
+    start = round((frames.shape[1] - size) / 2)
+    pixels = frames[:, start:start + size, start:start + size].permute(0, 3, 1, 2)
+    if flip:
+        for number, dimension in ((FLIP_X, 3), (FLIP_Y, 2)):
+            flipped = torch.from_numpy(random[:, number] < flip).to(frames.device)
+            pixels = torch.where(flipped[:, None, None, None], pixels.flip(dimension), pixels)
+    return pixels
 
 
-def make_views(frames: Tensor, samples: np.ndarray, *, seed: int, view: int, size: int, spec: Spec) -> Tensor:
-    """One view of each sample.
+def _random_crops(frames: Tensor, random: np.ndarray, size: int, augmentation: Augmentation) -> Tensor:
+    """Random resized crop, flips and colour, by one bilinear resampling of the frame."""
+    left, top, width, height = crop_boxes(random, augmentation.crop)
 
-    frames: uint8 `(B, R, R, 3)`, the decoded samples; samples: int64 `(B,)`, their numbers in the split.
-    Returns uint8 `(B, 3, size, size)`, channels_last, on the device of `frames`. Mixup is not done here: it takes
-    two views (`mix`).
-    """
-    side = frames.shape[1]
-    if spec.crop == 0:  # the very pixels of the evaluation transform; a flip only reorders them
-        offset = round((side - size) / 2)
-        views = frames[:, offset:offset + size, offset:offset + size].permute(0, 3, 1, 2)
-        if spec.flip:
-            draw = uniforms(seed, samples, view, 10)
-            for column, dim in ((4, 3), (5, 2)):
-                chosen = torch.from_numpy(draw[:, column] < spec.flip).to(frames.device)
-                views = torch.where(chosen[:, None, None, None], views.flip(dim), views)
-        return views.contiguous(memory_format=torch.channels_last)
-    draw = uniforms(seed, samples, view, 10)
-    left, top, width, height = crop_boxes(draw[:, :4], spec.crop)
-    flip_x, flip_y = draw[:, 4] < spec.flip, draw[:, 5] < spec.flip
-    # output pixel i looks at left + (i + 1/2) / size * width, in units of the frame; a flip runs the other way
+    # Output pixel i looks at start + (i + 1/2) / size · extent, in units of the frame. A flip runs the other way.
+    flip_x, flip_y = random[:, FLIP_X] < augmentation.flip, random[:, FLIP_Y] < augmentation.flip
     start = np.stack([np.where(flip_x, left + width, left), np.where(flip_y, top + height, top)], 1)
     extent = np.stack([np.where(flip_x, -width, width), np.where(flip_y, -height, height)], 1)
-    jitter = 1 + spec.colour * (2 * draw[:, 6:9] - 1)
+    jitter = 1 + augmentation.colour * (2 * random[:, [BRIGHTNESS, CONTRAST, SATURATION]] - 1)
+    # one copy to the device for all of them
     numbers = torch.from_numpy(np.concatenate([start, extent, jitter], 1).astype(np.float32)).to(frames.device)
 
     steps = (torch.arange(size, device=frames.device, dtype=torch.float32) + 0.5) / size
-    at = numbers[:, :2, None] + steps * numbers[:, 2:4, None]           # (B, 2, size), in [0, 1]
-    at = at * 2 - 1                                                     # grid_sample's coordinates
-    grid = torch.stack([at[:, 0, None, :].expand(-1, size, -1), at[:, 1, :, None].expand(-1, -1, size)], dim=-1)
-    pixels = frames.permute(0, 3, 1, 2).float()                         # channels_last float, 0 .. 255
+    places = numbers[:, :2, None] + steps * numbers[:, 2:4, None]       # (B, 2, size), in [0, 1]
+    places = places * 2 - 1                                             # grid_sample counts from -1 to 1
+    grid = torch.stack([places[:, 0, None, :].expand(-1, size, -1), places[:, 1, :, None].expand(-1, -1, size)], -1)
+    pixels = frames.permute(0, 3, 1, 2).float()                         # channels_last, 0 to 255
     pixels = F.grid_sample(pixels, grid, mode="bilinear", padding_mode="border", align_corners=False)
-    if spec.colour:
+
+    if augmentation.colour:
         brightness, contrast, saturation = (numbers[:, j, None, None, None] for j in (4, 5, 6))
-        # weights of Rec. 601 luma; contrast turns about mid-grey, not about the picture's mean, whose sum would be
-        # rounded differently in another batch
+        # Weights of Rec. 601 luma. Contrast turns about mid-grey: the picture's own mean is a sum, which another
+        # batch would round differently.
         grey = 0.299 * pixels[:, :1] + 0.587 * pixels[:, 1:2] + 0.114 * pixels[:, 2:]
         pixels = ((pixels - grey) * saturation + grey) * brightness
         pixels = (pixels - 127.5) * contrast + 127.5
-    return pixels.round_().clamp_(0, 255).to(torch.uint8).contiguous(memory_format=torch.channels_last)
+    return pixels.round_().clamp_(0, 255).to(torch.uint8)
 
 
-def crop_boxes(draw: np.ndarray, smallest: float) -> tuple[np.ndarray, ...]:
+def crop_boxes(random: np.ndarray, smallest: float) -> tuple[np.ndarray, ...]:
     """Random resized crop (Szegedy et al. 2015): area uniform in [smallest, 1], aspect log-uniform in [3/4, 4/3].
 
-    draw: `(B, 4)` uniforms. Returns left, top, width, height, each `(B,)`, as shares of the frame. A box that would
-    stick out is narrowed to the frame instead of drawn again: every view takes the same count of random numbers.
+    random: the view's numbers, `(B, ...)`. Returns left, top, width, height, each `(B,)`, as shares of the frame.
+    A box that would stick out is narrowed to the frame instead of drawn again, so that every view takes the same
+    count of random numbers.
     """
-    area = smallest + (1 - smallest) * draw[:, 0]
-    aspect = np.exp((2 * draw[:, 1] - 1) * np.log(4 / 3))
+    area = smallest + (1 - smallest) * random[:, AREA]
+    aspect = np.exp((2 * random[:, ASPECT] - 1) * np.log(4 / 3))
     width, height = np.minimum(np.sqrt(area * aspect), 1), np.minimum(np.sqrt(area / aspect), 1)
-    return draw[:, 2] * (1 - width), draw[:, 3] * (1 - height), width, height
+    return random[:, LEFT] * (1 - width), random[:, TOP] * (1 - height), width, height
 
 
-def mix(views: Tensor, others: Tensor, share: np.ndarray) -> Tensor:
-    """Mixup (Zhang et al. 2018) of two uint8 batches `(B, 3, H, W)`: `others` enters with `share` `(B,)` in [0, 1]."""
-    weight = torch.from_numpy(share.astype(np.float32)).to(views.device)[:, None, None, None]
-    mixed = views.float() * (1 - weight) + others.float() * weight
+# ---- mixup: two views in one ----------------------------------------------------------------------------------
+
+def mixup_partners(samples: np.ndarray, view: int, views: Views, total: int) -> tuple[np.ndarray, np.ndarray]:
+    """For each sample a partner among all `total`, int64 `(B,)`, and its share, float64 `(B,)` in [0, mixup / 2]."""
+    random = uniforms(views.seed, samples, view)
+    partners = np.minimum((random[:, PARTNER] * total).astype(np.int64), total - 1)
+    return partners, random[:, PARTNER_SHARE] * views.augmentation.mixup / 2
+
+
+def mix(pixels: Tensor, others: Tensor, share: np.ndarray) -> Tensor:
+    """Mixup (Zhang et al. 2018) of uint8 `(B, 3, H, W)`: `others` enters with `share`, `(B,)` in [0, 1]."""
+    weight = torch.from_numpy(share.astype(np.float32)).to(pixels.device)[:, None, None, None]
+    mixed = pixels.float() * (1 - weight) + others.float() * weight
     return mixed.round_().to(torch.uint8).contiguous(memory_format=torch.channels_last)
-
-
-def load_views(read: Callable[[np.ndarray], np.ndarray], total: int, samples: np.ndarray, *, seed: int, view: int,
-               size: int, spec: Spec, device: torch.device) -> Tensor:
-    """Read the frames of `samples` and make one view of each, mixed with its partner's where `spec` says so.
-
-    read: sample numbers to uint8 frames `(B, R, R, 3)`; total: how many samples there are to take partners from.
-    Returns uint8 `(B, 3, size, size)`, channels_last, on `device`.
-    """
-    def views_of(numbers: np.ndarray) -> Tensor:
-        frames = torch.from_numpy(read(numbers))
-        if device.type == "cuda":  # from a pinned source the host need not wait for the copy
-            frames = frames.pin_memory().to(device, non_blocking=True)
-        return make_views(frames, numbers, seed=seed, view=view, size=size, spec=spec)
-
-    if not spec.mixup:
-        return views_of(samples)
-    others, share = partners(seed, samples, view, total, spec.mixup)
-    return mix(views_of(samples), views_of(others), share)
 
 
 def mixed_labels(labels: np.ndarray, others: np.ndarray, share: np.ndarray, classes: int) -> np.ndarray:
     """Class probabilities float32 `(B, C)`: one-hot labels, mixed as the pictures were."""
-    eye = np.eye(classes, dtype=np.float32)
+    one_hot = np.eye(classes, dtype=np.float32)
     weight = share.astype(np.float32)[:, None]
-    return eye[labels] * (1 - weight) + eye[others] * weight
+    return one_hot[labels] * (1 - weight) + one_hot[others] * weight
+
+
+# ---- from the store of frames to the device -------------------------------------------------------------------
+
+def load_views(read: Callable[[np.ndarray], np.ndarray], total: int, samples: np.ndarray, view: int, views: Views,
+               device: torch.device) -> Tensor:
+    """Read the frames of `samples` and make one view of each, mixed with its partner's under mixup.
+
+    read   sample numbers to uint8 frames `(B, R, R, 3)`
+    total  how many samples there are to take partners from
+    Returns uint8 `(B, 3, size, size)`, channels_last, on `device`.
+    """
+    def views_of(numbers: np.ndarray) -> Tensor:
+        frames = torch.from_numpy(read(numbers))
+        if device.type == "cuda":  # from pinned memory the host need not wait for the copy
+            frames = frames.pin_memory().to(device, non_blocking=True)
+        return make_views(frames, numbers, view, views)
+
+    if not views.augmentation.mixup:
+        return views_of(samples)
+    partners, share = mixup_partners(samples, view, views, total)
+    return mix(views_of(samples), views_of(partners), share)

@@ -2,6 +2,7 @@
 
     python -m kd bench [--json] [train.py's flags]            the loop, part by part, against the machine's limits
     python -m kd bench compare [--json] [train.py's flags]    by turns with the tutorial's loop, in one process
+    python -m kd bench switches [--json] [train.py's flags]   what each fast path gains, on and off by turns
     python -m kd bench loss [--json] [--help]                 the loss alone
     torchrun --standalone --nproc-per-node=N -m kd bench ...  the first, by N ranks, and the cost of their exchange
 
@@ -9,32 +10,47 @@
 """
 
 import json
+from typing import Any
 
 from kd import BadInput, cli
 
 
 def main(argv: list[str]) -> None:
     """Print what was measured. Raises BadInput."""
-    import train  # only now: `import kd.bench.loss` alone does not need it
-    from kd.bench import loop, loss
+    import train  # only now, so that `import kd.bench.loss` does without it
+    from kd.bench import compare, loop, loss
+
     if argv[:1] == ["loss"]:
         loss.main(argv[1:])
         return
-    kind, argv = (loop.parts, argv) if argv[:1] != ["compare"] else (loop.compare, argv[1:])
+    kinds = {"compare": compare.compare, "switches": compare.switches}
+    name = argv[0] if argv and argv[0] in kinds else ""
+
     parser = cli.OneLineParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--steps", type=int, default=8)
-    own, flags = parser.parse_known_args(argv)
+    own, flags = parser.parse_known_args(argv[1:] if name else argv)
     if min(own.rounds, own.steps) < 2:
         raise BadInput("--rounds and --steps must be at least 2")
     cfg = cli.parse_config(train.Config, {**train.RECIPES, "demo": loop.DEFAULTS}, flags, __doc__ or "")
-    if kind is loop.compare and cli.RANKS > 1:
-        raise BadInput("compare: times one process against another; start it without torchrun")
-    result = kind(cfg, own.rounds, own.steps)
+    if name and cli.RANKS > 1:
+        raise BadInput(f"{name}: times one process against another; start it without torchrun")
+
+    result = kinds.get(name, loop.parts)(cfg, own.rounds, own.steps)
     if cli.RANK:  # the ranks have timed the same steps
         return
     if own.json:
         print(json.dumps(result))
     else:
-        loop.show(result)
+        show(result)
+
+
+def show(result: dict[str, Any], indent: str = "") -> None:
+    """A line a figure."""
+    for key, value in result.items():
+        if isinstance(value, dict):
+            print(f"{indent}{key}")
+            show(value, indent + "  ")
+        else:
+            print(f"{indent}{key:24} {f'{value:.3f}' if isinstance(value, float) else value}")

@@ -7,10 +7,8 @@ disk, and renamed over its place; the one before it stays as `.previous`.
 
 import hashlib
 import io
-import json
 import os
 import pickle
-import shutil
 from pathlib import Path
 from typing import Any, Callable
 
@@ -21,10 +19,6 @@ from kd.machine import distributed
 from kd.machine.files import write_atomic
 
 MAGIC = b"kd-ckpt1"
-# what a run leaves behind, and --overwrite removes: never a whole folder, in case it is not one of ours
-RUN_FOLDERS = ("student", "teacher", "control", "tensorboard")
-RUN_FILES = ("last.ckpt", "last.ckpt.previous", "metrics.jsonl", "result.json", "predictions.npz",
-             "report.html")
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -68,72 +62,4 @@ def load(path: Path, say: Callable[[str], None] = print) -> dict[str, Any] | Non
     if damaged:
         raise BadInput(f"{path}: no checkpoint is whole ({', '.join(str(one) for one in damaged)}); start again with "
                        f"--overwrite")
-    return None
-
-
-def finished(out: Path, state: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The result of a run that has nothing left to do; one that lacks its page alone goes on from its checkpoint."""
-    result = out / "result.json"
-    if result.exists() and ((out / "report.html").exists() or state is None):
-        return json.loads(result.read_text())
-    return None
-
-
-def check_facts(state: dict[str, Any], facts: dict[str, str]) -> None:
-    """Raise BadInput where a resumed run meets other data, weights or precision than it began with.
-
-    facts: by the name of the flag that stands for each; a new run's are put into `state`.
-    """
-    for name, value in state.setdefault("facts", facts).items():
-        if facts[name] != value:
-            raise BadInput(f"--resume: what --{name.replace('_', '-')} stands for has changed since the run began; "
-                           f"give it as it was, or start again with --overwrite")
-
-
-def _sweep(out: Path) -> None:
-    """Remove what a killed process was writing: its temporary files, and saved folders that were not swapped in."""
-    for path in [*out.glob(".*.tmp"), *out.glob("*/.*.tmp")]:
-        path.unlink()
-    for name in RUN_FOLDERS:
-        if (out / f".{name}.old").exists() and not (out / name).exists():  # killed between the two renames
-            (out / f".{name}.old").rename(out / name)
-        for leftover in (out / f".{name}.new", out / f".{name}.old"):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-def open_run(out: Path, config: dict[str, Any], free: set[str], resume: bool, overwrite: bool,
-             ) -> dict[str, Any] | None:
-    """Make the folder of a run, if need be; return its checkpoint under `resume`, else None.
-
-    What makes it a run is its config.json, which the caller writes once the data and the models are known to be good.
-    Raises BadInput where the folder holds another run and neither `resume` nor `overwrite` is given, where it holds
-    something else, and where a resumed run has another setting (other than those in `free`).
-    """
-    record = out / "config.json"
-    try:
-        if out.exists() and any(path for path in out.iterdir() if not path.match(".config.json.*.tmp")):
-            if not record.is_file():
-                raise BadInput(f"--out {out}: holds files that are not a run; give another folder")
-            if resume or overwrite:
-                _sweep(out)
-            if resume:
-                before = json.loads(record.read_text())
-                changed = [f"--{name.replace('_', '-')} {value} (was {before.get(name)})"
-                           for name, value in config.items() if name not in free and before.get(name) != value]
-                if changed:
-                    raise BadInput(f"--resume: another setting makes another run: {', '.join(changed)}")
-                return load(out / "last.ckpt")
-            if not overwrite:
-                raise BadInput(f"--out {out}: holds another run; go on with --resume, replace it with --overwrite, or "
-                               f"give another folder")
-            for name in RUN_FOLDERS:
-                shutil.rmtree(out / name, ignore_errors=True)
-            for name in RUN_FILES:
-                (out / name).unlink(missing_ok=True)
-        out.mkdir(parents=True, exist_ok=True)
-        _sweep(out)
-    except OSError as error:
-        raise BadInput(f"--out {out}: {error.strerror}; give a folder that can be written") from error
-    except ValueError as error:
-        raise BadInput(f"{record}: not readable ({error}); replace the run with --overwrite") from error
     return None

@@ -19,7 +19,6 @@ import torch.distributed.nn.functional
 from torch import Tensor, nn
 
 from kd import BadInput
-from kd.machine.runtime import Stop, Stopped
 
 T = TypeVar("T")
 PATIENCE = timedelta(minutes=3)  # with ranks that do not come; torch's own is half an hour
@@ -116,12 +115,6 @@ def max_over_ranks(*numbers: int) -> list[int]:
     told = torch.tensor([int(number) for number in numbers])
     dist.all_reduce(told, dist.ReduceOp.MAX)
     return told.tolist()
-
-
-def stop_if_requested(stop: Stop) -> None:
-    """Raise Stopped in every rank if a signal came to one of them; all of them must ask."""
-    if signal := max_over_ranks(stop.signal)[0]:
-        raise Stopped(signal)
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:

@@ -1,49 +1,60 @@
-"""Was every step finite? Noted on the device at each step, read only where the loop waits for the device anyway."""
+"""Is every step finite? Noted on the device at each step, and read only where the loop waits for the device anyway."""
 
 import torch
 from torch import Tensor, nn
 
 from kd import TrainingFault
 
-
-def start(device: torch.device) -> Tensor:
-    """`(4,)` int64: the first bad step + 1 (0: none yet), bad steps in a row just now, the longest row, all of them."""
-    return torch.zeros(4, dtype=torch.int64, device=device)
+SKIPPED_IN_A_ROW = 20   # that many fp16 steps with an overflow, one after the other, end the run
+READ_EVERY = 20         # steps, on a GPU, where reading waits for the device
 
 
-def track(health: Tensor, loss: Tensor, norm: Tensor, step: int, role: str, amp: torch.dtype | None) -> None:
-    """Note whether the loss and the norm of its gradient were finite at `step`, and `check` that now and then.
+class Guard:
+    """Stops a training whose loss, gradient, weights or statistics are not finite.
 
-    On the CPU, where there is nothing to wait for, at every step; on a GPU at every twentieth, which waits for it.
+    Under fp16 the gradient scaler skips a step whose gradient overflowed. That is normal now and then, so only
+    SKIPPED_IN_A_ROW of them in a row stop the run.
     """
-    bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
-    health[0] = torch.where(bad & (health[0] == 0), step + 1, health[0])
-    health[1] = torch.where(bad, health[1] + 1, 0)
-    health[2] = torch.maximum(health[1], health[2])
-    health[3] += bad
-    if health.device.type == "cpu" or (step + 1) % 20 == 0:
-        check(health, role, amp)
 
+    def __init__(self, role: str, model: nn.Module, device: torch.device, amp: torch.dtype | None) -> None:
+        self.role, self.model, self.amp = role, model, amp
+        self.skipped = 0    # steps that were not finite, as of the last `check`
+        # int64: the first bad step + 1 (0: none yet); bad steps in a row just now; the longest such row; all of them
+        self._counts = torch.zeros(4, dtype=torch.int64, device=device)
 
-def check(health: Tensor, role: str, amp: torch.dtype | None, model: nn.Module | None = None) -> int:
-    """Raise TrainingFault after a non-finite step; under fp16 the scaler skips such steps, up to twenty in a row.
+    def note(self, step: int, loss: Tensor, norm: Tensor) -> None:
+        """Note whether the loss and the norm of its gradient were finite at `step`.
 
-    Returns how many were skipped. With `model`, its weights and buffers must be finite too: an activation that
-    overflows spoils BatchNorm's statistics also in a step that is skipped. Called before anything is saved, so that no
-    NaN reaches the disk. Waits for the device.
-    """
-    first, _, most, skipped = health.tolist()
-    if amp is torch.float16:
-        if most >= 20:
-            raise TrainingFault(f"{role}: the gradient overflowed fp16 in {most} steps in a row; try --amp off or a "
-                                f"lower learning rate")
-    elif first:
-        raise TrainingFault(f"{role}: the loss or its gradient is not finite at step {first - 1}; the last checkpoint "
-                            f"is from before it; try a lower learning rate")
-    if model is not None:
-        state = {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
+        On the CPU, where reading costs nothing, a fault is raised at its step; on a GPU within READ_EVERY steps.
+        """
+        first, in_a_row, longest, total = self._counts
+        bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
+        self._counts[0] = torch.where(bad & (first == 0), step + 1, first)
+        self._counts[1] = torch.where(bad, in_a_row + 1, 0)
+        self._counts[2] = torch.maximum(self._counts[1], longest)
+        self._counts[3] = total + bad
+        if self._counts.device.type == "cpu" or (step + 1) % READ_EVERY == 0:
+            self._check_steps()
+
+    def check(self) -> None:
+        """Raise TrainingFault where a step, a weight or a buffer was not finite. Waits for the device.
+
+        Called before anything is saved, so that no NaN reaches the disk. Weights and buffers are looked at too:
+        an activation that overflows spoils BatchNorm's statistics even in a step that is skipped.
+        """
+        self._check_steps()
+        state = {name: value for name, value in self.model.state_dict().items() if value.is_floating_point()}
         finite = torch.stack([value.isfinite().all() for value in state.values()]).tolist()
         if not all(finite):
-            raise TrainingFault(f"{role}: {list(state)[finite.index(False)]} is not finite; the last checkpoint is "
-                                f"from before that; try --amp off or a lower learning rate")
-    return skipped
+            raise TrainingFault(f"{self.role}: {list(state)[finite.index(False)]} is not finite; the last checkpoint "
+                                f"is from before that; try --amp off or a lower learning rate")
+
+    def _check_steps(self) -> None:
+        first, _, longest, self.skipped = self._counts.tolist()
+        if self.amp is torch.float16:
+            if longest >= SKIPPED_IN_A_ROW:
+                raise TrainingFault(f"{self.role}: the gradient overflowed fp16 in {longest} steps in a row; "
+                                    f"try --amp off or a lower learning rate")
+        elif first:
+            raise TrainingFault(f"{self.role}: the loss or its gradient is not finite at step {first - 1}; the last "
+                                f"checkpoint is from before it; try a lower learning rate")

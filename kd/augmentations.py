@@ -1,0 +1,33 @@
+"""What a view may change, by name, and the random numbers that it takes.
+
+A new augmentation is a field of `Augmentation`, an entry in AUGMENTATIONS, a name for each random number it needs,
+and its pixels in `kd/views.py`. `--augment` offers whatever stands here. (Nothing heavy is imported, because
+`python train.py --help` reads the names before torch is loaded.)
+"""
+
+from typing import NamedTuple
+
+
+class Augmentation(NamedTuple):
+    """What a view may change. All zero is the identity: the centre crop of evaluation."""
+
+    crop: float = 0.0     # smallest area of the random resized crop, as a share of the frame; 0: the centre crop
+    flip: float = 0.0     # probability of a left-right flip, and of an up-down flip
+    colour: float = 0.0   # brightness, contrast and saturation each move by a factor in [1 - colour, 1 + colour]
+    mixup: float = 0.0    # the share of a second picture is uniform in [0, mixup / 2]; 0: no second picture
+
+
+AUGMENTATIONS = {
+    "none": Augmentation(),
+    "flip": Augmentation(flip=0.5),
+    "crop": Augmentation(crop=0.35, flip=0.5, colour=0.2),
+    "mixup": Augmentation(crop=0.35, flip=0.5, colour=0.2, mixup=1.0),
+}
+
+# The random numbers of a view, each uniform in [0, 1): number j is a hash of (seed, sample, view, j).
+# Add new names at the end: then every existing view keeps its pixels.
+AREA, ASPECT, LEFT, TOP = 0, 1, 2, 3            # of the crop
+FLIP_X, FLIP_Y = 4, 5
+BRIGHTNESS, CONTRAST, SATURATION = 6, 7, 8
+PARTNER, PARTNER_SHARE = 10, 11                 # mixup's second picture, and how much of it (9 is free)
+RANDOM_NUMBERS = 12

@@ -1,0 +1,186 @@
+"""The loop against others, by turns in one process.
+
+Machines drift by a factor of two within minutes, so only what is measured by turns, in one process, is compared. An
+A/A pair (the same thing timed twice in every round) says how far such a ratio can be trusted.
+"""
+
+import dataclasses
+import random
+import tempfile
+from pathlib import Path
+from typing import Any, Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import train
+from kd import models
+from kd.bench.limits import machine_limits, training_flops, wait
+from kd.bench.loop import Bench
+from kd.bench.loss import tutorial_loss
+from kd.machine import console, runtime
+
+
+def tutorial_loop(student: nn.Module, teacher: nn.Module, optimizer: torch.optim.Optimizer, images: list[Tensor],
+                  labels: list[Tensor], temperature: float, kd_weight: float) -> None:
+    """What the Hugging Face tutorial's Trainer does in its steps: the teacher at every one, plain ops, `.item()`.
+
+    The images are decoded, resized and normalised beforehand, as the tutorial's `dataset.map` does, and lie in
+    memory. Both models are plain eager float32 in the default memory format.
+    """
+    student.train()
+    for x, y in zip(images, labels, strict=True):
+        logits = student(x)
+        with torch.no_grad():
+            teacher_logits = teacher(x)
+        loss = tutorial_loss(logits, teacher_logits, y, temperature, kd_weight)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        loss.item()
+
+
+class Turns:
+    """Images/s of several loops, each once a round, in an order that is shuffled from round to round."""
+
+    def __init__(self, loops: dict[str, Callable[[], float]], rounds: int) -> None:
+        self.names = list(loops)
+        for loop in loops.values():     # the first time compiles, allocates and fills stores: not counted
+            loop()
+        rows = []
+        order = random.Random(0)        # shuffled, so that none always follows the same other one
+        with console.progress(rounds, "rounds", "round") as bar:
+            for _ in range(rounds):
+                rates = {name: loops[name]() for name in order.sample(self.names, len(self.names))}
+                rows.append([rates[name] for name in self.names])
+                bar.update()
+        self.rates = np.array(rows)     # (rounds, loops)
+
+    def median(self, name: str) -> float:
+        """Images/s."""
+        return float(np.median(self.rates[:, self.names.index(name)]))
+
+    def ratio(self, over: str, under: str) -> tuple[float, list[float]]:
+        """The median of the ratios within rounds, in which drift between rounds cancels, and its 95 % interval."""
+        columns = self.rates[:, [self.names.index(over), self.names.index(under)]]
+        return ratio_of_medians(columns), bootstrap(columns, ratio_of_medians)
+
+
+def ratio_of_medians(columns: np.ndarray) -> float:
+    """The median ratio of column 0 to column 1."""
+    return float(np.median(columns[:, 0] / columns[:, 1]))
+
+
+def bootstrap(rounds: np.ndarray, ratio: Callable[[np.ndarray], float], draws: int = 2000) -> list[float]:
+    """The 95 % interval of `ratio`, by drawing whole rounds (rows) again."""
+    generator = np.random.default_rng(0)
+    values = [ratio(rounds[generator.integers(len(rounds), size=len(rounds))]) for _ in range(draws)]
+    return [float(q) for q in np.quantile(values, [0.025, 0.975])]
+
+
+def compare(cfg: train.Config, rounds: int, steps: int) -> dict[str, Any]:
+    """The tutorial's loop, ours with a cold and a warm store, ours again (A/A), and the bare step."""
+    with tempfile.TemporaryDirectory() as name:
+        bench = Bench(cfg, steps, Path(name))
+        device, classes = bench.machine.device, bench.data.classes
+        student = bench.student
+
+        # ---- the tutorial's side: plain models, pictures ready in memory -----------------------------------------
+        theirs = models.create("student", cfg.student, classes, say=lambda line: None).to(device)
+        their_teacher = models.freeze(models.create("teacher", cfg.teacher, classes, say=lambda line: None).to(device))
+        batches = list(bench.batches())
+        images = [models.normalize(batch.pixels, bench.prep).contiguous() for batch in batches]
+        labels = [batch.labels for batch in batches]
+        plain = torch.optim.AdamW(theirs.parameters(), lr=cfg.lr)
+
+        def tutorial() -> float:
+            runtime.tune_allocator(False)   # the allocator is the process's; the tutorial has it as it comes
+            begin = wait(device)
+            tutorial_loop(theirs, their_teacher, plain, images, labels, cfg.temperature, cfg.kd_weight)
+            rate = bench.samples / (wait(device) - begin)
+            runtime.tune_allocator(device.type == "cpu" and bench.machine.kernels)
+            return rate
+
+        # ---- the bare step: forward, backward and update of tensors that lie ready, which no loop can beat ----------
+        optimizer, scaler = bench.new_optimizer(student)
+        x = images[0].contiguous(memory_format=torch.channels_last)
+        teacher_logits = torch.randn(len(x), len(classes), device=device)
+        forward = torch.compile(student) if bench.machine.compile else student
+
+        def bare() -> float:
+            student.train()
+            begin = wait(device)
+            for _ in batches:
+                train.train_step(forward, optimizer, scaler, batches[0], x, teacher_logits, bench.loss_fn, cfg,
+                                 bench.machine)
+            return len(batches) * len(x) / (wait(device) - begin)
+
+        turns = Turns({"tutorial": tutorial, "cold": lambda: bench.fit(student, cold=True),
+                       "warm": lambda: bench.fit(student), "bare": bare, "again": lambda: bench.fit(student)}, rounds)
+
+    result: dict[str, Any] = {f"{part}_img_s": turns.median(part) for part in ("tutorial", "cold", "warm", "bare")}
+    for key, over, under in (("cold_ratio", "cold", "tutorial"), ("warm_ratio", "warm", "tutorial"),
+                             ("aa_ratio", "again", "warm"), ("loop_over_bare_step", "warm", "bare")):
+        result[key], result[f"{key}_95"] = turns.ratio(over, under)
+    limits = machine_limits(device, bench.machine.amp)
+    flops = training_flops(cfg.student, cfg.size, device)
+    return {**result, **limits, "student_gflop_per_image": flops / 1e9,
+            "roofline_share": result["warm_img_s"] * flops / (limits["gemm_gflop_s"] * 1e9), "rounds": rounds,
+            "steps_a_round": steps, "batch_size": cfg.batch_size, "size": cfg.size, "line": bench.machine.line,
+            "environment": runtime.environment()}
+
+
+def switches(cfg: train.Config, rounds: int, steps: int) -> dict[str, Any]:
+    """What each fast path gains: the whole loop as it is, over the same loop without that path.
+
+    Each ratio is of images/s with stored logits, but for the compiled teacher's, whose teacher is asked.
+    """
+    off = {"blocks, loss and allocator": dataclasses.replace(cfg, kernels="off"),
+           "the fused loss": dataclasses.replace(cfg, loss="reference"),
+           "mixed precision": dataclasses.replace(cfg, amp="off")}
+    with tempfile.TemporaryDirectory() as name:
+        whole = Bench(cfg, steps, Path(name) / "whole")
+        on_cpu = whole.machine.device.type == "cpu"
+        keep = on_cpu and whole.machine.kernels
+
+        def with_allocator(tuned: bool, loop: Callable[[], float]) -> Callable[[], float]:
+            def run() -> float:
+                runtime.tune_allocator(tuned)
+                rate = loop()
+                runtime.tune_allocator(keep)
+                return rate
+            return run
+
+        loops = {"on": lambda: whole.fit(whole.student), "again": lambda: whole.fit(whole.student),
+                 "stored logits": lambda: whole.fit(whole.student, cold=True)}
+        if keep:
+            loops["the allocator"] = with_allocator(False, loops["on"])
+        for number, (path, settings) in enumerate(off.items()):
+            if settings == cfg:
+                continue
+            bench = Bench(settings, steps, Path(name) / str(number))
+            loop = _fit_of(bench)
+            loops[path] = with_allocator(keep and bench.machine.kernels, loop)
+        for choice in ("on", "off"):
+            bench = Bench(dataclasses.replace(cfg, compile=choice if not whole.machine.compile else "on"), steps,
+                          Path(name) / f"teacher-{choice}")
+            if not whole.machine.compile:   # the teacher only: the student stays as it is
+                bench.machine = whole.machine
+            loops[f"teacher compile {choice}"] = _fit_of(bench, cold=True)
+        turns = Turns(loops, rounds)
+
+    result: dict[str, Any] = {"images_per_second": turns.median("on"), "gain": {}, "gain_95": {}}
+    for path in turns.names:
+        if path not in ("on", "teacher compile on", "teacher compile off"):
+            key = "aa_ratio" if path == "again" else path
+            result["gain"][key], result["gain_95"][key] = turns.ratio("on", path)
+    result["gain"]["the compiled teacher"], result["gain_95"]["the compiled teacher"] = turns.ratio(
+        "teacher compile on", "teacher compile off")
+    return {**result, "rounds": rounds, "steps_a_round": steps, "batch_size": cfg.batch_size, "size": cfg.size,
+            "loss": whole.loss_name, "line": whole.machine.line, "environment": runtime.environment()}
+
+
+def _fit_of(bench: Bench, cold: bool = False) -> Callable[[], float]:
+    return lambda: bench.fit(bench.student, cold)

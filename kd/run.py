@@ -1,0 +1,291 @@
+"""A run: its folder, position, checkpoint, log, signals and ranks.
+
+Run may know disks, signals and ranks; never a loss, a batch or a forward pass. Otherwise it would become the Trainer
+that this project exists to avoid. What there is to learn stands in train.py.
+"""
+
+import json
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Mapping, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from kd import BadInput, models
+from kd.machine import checkpoint, distributed
+from kd.machine.files import write_atomic
+from kd.machine.health import Guard
+from kd.machine.records import Records
+from kd.machine.signals import Stop, Stopped
+
+# what a run leaves behind, and --overwrite removes: never a whole folder, in case it holds something else as well
+RUN_FOLDERS = ("student", "teacher", "control", "tensorboard")
+RUN_FILES = ("last.ckpt", "last.ckpt.previous", "metrics.jsonl", "result.json", "predictions.npz", "report.html")
+
+
+class Flushable(Protocol):
+    """Something with unwritten bytes, such as a logit store."""
+
+    def flush(self) -> None: ...
+
+
+class Clock:
+    """Seconds of work, over all processes of a run; paused while the run saves or validates."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self._before, self._since = seconds, None  # type: tuple[float, float | None]
+
+    @property
+    def seconds(self) -> float:
+        return self._before + (time.monotonic() - self._since if self._since is not None else 0.0)
+
+    def start(self) -> None:
+        self._since = time.monotonic() if self._since is None else self._since
+
+    def pause(self) -> bool:
+        """Stop counting; returns whether it was counting."""
+        running = self._since is not None
+        self._before, self._since = self.seconds, None
+        return running
+
+
+@dataclass
+class Position:
+    """Where a training stands. With the weights and the optimizer, this is all that a resumed run needs."""
+
+    role: str                       # "teacher", "control" or "student"
+    loss_sum: Tensor                # float64 scalar on the device: of this epoch, over this rank's steps
+    epoch: int = 0                  # epochs that are complete
+    step: int = 0                   # steps of the next one that are done
+    best: float = -1.0              # the best validation accuracy
+    best_epoch: int = 0             # and its epoch, counted from 1
+    clock: Clock = field(default_factory=Clock)     # seconds of training in this epoch
+
+    def next_epoch(self) -> None:
+        """The epoch is complete: the next one begins at its first step."""
+        self.epoch, self.step, self.clock = self.epoch + 1, 0, Clock()
+        self.loss_sum.zero_()
+
+
+@dataclass
+class Training:
+    """What a checkpoint holds of the training that is under way."""
+
+    position: Position
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    guard: Guard
+
+
+class Run:
+    """One run, in `out`. Every rank has one; only rank 0 writes."""
+
+    def __init__(self, out: Path, settings: Mapping[str, Any], free: set[str], save_minutes: float = 10.0,
+                 resume: bool = False, overwrite: bool = False) -> None:
+        """Open the folder of a run, which a signal may then stop.
+
+        settings: recorded and compared, never interpreted; `free` names those that a resumed run may change.
+        Raises BadInput where the folder holds another run, something else, or a run with other settings.
+        """
+        self.out, self.settings, self.free, self.save_minutes = out, settings, free, save_minutes
+        resume = resume or bool(distributed.max_over_ranks(distributed.restarted())[0])
+        saved = distributed.broadcast_from_rank0(lambda: open_folder(out, settings, free, resume, overwrite))
+        # the result of a run that has nothing left to do, else None
+        self.finished = distributed.broadcast_from_rank0(lambda: read_finished(out, saved))
+
+        saved = saved or {}
+        self.history: list[dict[str, Any]] = saved.pop("history", [])   # an entry an epoch
+        self.roles_done: list[str] = saved.pop("roles_done", [])
+        self.facts: dict[str, str] = saved.pop("facts", {})
+        self._began = time.monotonic() - saved.pop("seconds", 0.0)
+        self._saved_training = saved        # of the role that was under way, until `restore` takes it up
+        self._training: Training | None = None
+        self._flush_first: list[Flushable] = []
+        self._last_save = time.monotonic()
+        self._records = Records(out)
+        self.stop = Stop()                  # `stop.install()` makes signals heard
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the run, including the processes before a resume."""
+        return time.monotonic() - self._began
+
+    # ---- is it the same run? ------------------------------------------------------------------------------
+
+    def must_match(self, **facts: str) -> None:
+        """Record what the settings stand for, such as dataset="<its digest>", and the settings themselves.
+
+        Raises BadInput where ranks differ, or where a resumed run meets other data, weights or precision than it
+        began with. config.json is written only now, so that only a run whose data and models are good is a run.
+        """
+        distributed.check_same_on_all_ranks({**self.settings, **facts}, self.free)
+        self.facts = self.facts or facts
+        for name, value in self.facts.items():
+            if facts[name] != value:
+                raise BadInput(f"--resume: what --{name.replace('_', '-')} stands for has changed since the run "
+                               f"began; give it as it was, or start again with --overwrite")
+        write_atomic(self.out / "config.json", json.dumps(dict(self.settings), indent=2).encode())
+
+    # ---- position and checkpoint ---------------------------------------------------------------------------
+
+    def restore(self, role: str, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+                guard: Guard, device: torch.device) -> Position:
+        """The position of this role's training: its start, or where the checkpoint was.
+
+        Fills model, optimizer and scaler from the checkpoint, and remembers them all: from now on `save` saves them.
+        """
+        position = Position(role, torch.zeros((), dtype=torch.float64, device=device))
+        if "model" in self._saved_training:
+            saved, self._saved_training = self._saved_training, {}
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            scaler.load_state_dict(saved["scaler"])
+            values = dict(saved["position"])
+            position.loss_sum.fill_(values.pop("loss_sum"))
+            position.clock = Clock(values.pop("train_seconds"))
+            for name, value in values.items():
+                setattr(position, name, value)
+        self._training = Training(position, model, optimizer, scaler, guard)
+        self._last_save = time.monotonic()
+        return position
+
+    def flush_before_save(self, store: Flushable) -> None:
+        """Have `store` write its bytes before each checkpoint."""
+        self._flush_first.append(store)
+
+    def save_is_due(self) -> bool:
+        """Whether a signal came to any rank, or --save-minutes have passed. Collective."""
+        late = time.monotonic() - self._last_save > 60 * self.save_minutes
+        return any(distributed.max_over_ranks(self.stop.signal, late))
+
+    def save(self) -> None:
+        """Write the checkpoint. Collective.
+
+        Raises TrainingFault where a weight is not finite or the disk is full, and Stopped after a signal.
+        """
+        assert self._training is not None
+        position = self._training.position
+        self._training.guard.check()        # a NaN must never reach the disk
+        running = position.clock.pause()
+        for store in self._flush_first:
+            store.flush()
+        checkpoint.save(self.out / "last.ckpt", {
+            "history": self.history, "roles_done": self.roles_done, "facts": self.facts, "seconds": self.seconds,
+            "position": {"role": position.role, "epoch": position.epoch, "step": position.step,
+                         "loss_sum": distributed.mean_over_ranks(position.loss_sum).item(),
+                         "train_seconds": position.clock.seconds, "best": position.best,
+                         "best_epoch": position.best_epoch},
+            "model": self._training.model.state_dict(), "optimizer": self._training.optimizer.state_dict(),
+            "scaler": self._training.scaler.state_dict()})
+        self._last_save = time.monotonic()
+        # the ranks meet here, so that the logits of all of them are on the disk before any goes on
+        self._raise_if_stopped()
+        if running:
+            position.clock.start()
+
+    def stop_if_requested(self) -> None:
+        """After a signal to any rank: save a training that is under way, then raise Stopped. Collective."""
+        if distributed.max_over_ranks(self.stop.signal)[0]:
+            if self._training:
+                self.save()
+            self._raise_if_stopped()
+
+    def _raise_if_stopped(self) -> None:
+        if number := distributed.max_over_ranks(self.stop.signal)[0]:
+            raise Stopped(number)
+
+    # ---- log and roles -------------------------------------------------------------------------------------
+
+    def log(self, entry: dict[str, Any]) -> None:
+        """Add an epoch to the history, metrics.jsonl and TensorBoard."""
+        self.history.append({**entry, "time": time.time(), "elapsed": self.seconds})
+        self._records.write(self.history)
+
+    def done(self, role: str) -> bool:
+        """Whether this role's training is complete."""
+        return role in self.roles_done
+
+    def mark_done(self, role: str) -> None:
+        """This role's training is complete; there is nothing of it left to save."""
+        self.roles_done.append(role)
+        self._training = None
+
+    def load_best(self, role: str, model: nn.Module) -> None:
+        """Put the best weights of a role, which are on rank 0's disk, into every rank's `model`."""
+        if distributed.rank() == 0:
+            models.load_saved(self.out / role, model)
+        distributed.broadcast_weights(model)
+
+    def write_result(self, result: dict[str, Any]) -> dict[str, Any]:
+        """Write result.json, unless the run had ended but for its page; returns what it holds."""
+        path = self.out / "result.json"
+        if path.exists():
+            return json.loads(path.read_text())
+        write_atomic(path, json.dumps(result, indent=2).encode())
+        return result
+
+
+# ---- the folder ------------------------------------------------------------------------------------------------
+
+def read_finished(out: Path, saved: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The result of a run that has nothing left to do. One that lacks only its page goes on from its checkpoint."""
+    result = out / "result.json"
+    if result.exists() and ((out / "report.html").exists() or saved is None):
+        return json.loads(result.read_text())
+    return None
+
+
+def open_folder(out: Path, settings: Mapping[str, Any], free: set[str], resume: bool,
+                overwrite: bool) -> dict[str, Any] | None:
+    """Make the folder of a run, if need be. Returns its checkpoint under `resume`, else None.
+
+    What makes it a run is its config.json. Raises BadInput where the folder holds another run and neither `resume`
+    nor `overwrite` is given, where it holds something else, and where a resumed run has another setting than before
+    (those in `free` aside).
+    """
+    record = out / "config.json"
+    try:
+        if out.exists() and any(path for path in out.iterdir() if not path.match(".config.json.*.tmp")):
+            if not record.is_file():
+                raise BadInput(f"--out {out}: holds files that are not a run; give another folder")
+            if resume or overwrite:
+                sweep(out)
+            if resume:
+                _check_settings(json.loads(record.read_text()), settings, free)
+                return checkpoint.load(out / "last.ckpt")
+            if not overwrite:
+                raise BadInput(f"--out {out}: holds another run; go on with --resume, replace it with --overwrite, or "
+                               f"give another folder")
+            for name in RUN_FOLDERS:
+                shutil.rmtree(out / name, ignore_errors=True)
+            for name in RUN_FILES:
+                (out / name).unlink(missing_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
+        sweep(out)
+    except OSError as error:
+        raise BadInput(f"--out {out}: {error.strerror}; give a folder that can be written") from error
+    except ValueError as error:
+        raise BadInput(f"{record}: not readable ({error}); replace the run with --overwrite") from error
+    return None
+
+
+def _check_settings(before: dict[str, Any], settings: Mapping[str, Any], free: set[str]) -> None:
+    changed = [f"--{name.replace('_', '-')} {value} (was {before.get(name)})" for name, value in settings.items()
+               if name not in free and before.get(name) != value]
+    if changed:
+        raise BadInput(f"--resume: another setting makes another run: {', '.join(changed)}")
+
+
+def sweep(out: Path) -> None:
+    """Remove what a killed process was writing: temporary files, and saved folders that were not swapped in."""
+    for path in [*out.glob(".*.tmp"), *out.glob("*/.*.tmp")]:
+        path.unlink()
+    for name in RUN_FOLDERS:
+        if (out / f".{name}.old").exists() and not (out / name).exists():  # killed between the two renames
+            (out / f".{name}.old").rename(out / name)
+        for leftover in (out / f".{name}.new", out / f".{name}.old"):
+            shutil.rmtree(leftover, ignore_errors=True)

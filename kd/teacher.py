@@ -1,0 +1,91 @@
+"""The teacher: a frozen model whose logits are computed once for each view of each sample, then read from disk.
+
+A frozen model gives the same logits for the same pixels, yet a distillation loop asks it again in every epoch. That is
+most of the arithmetic of a step. Views are functions of a key (`kd/views.py`), so their logits can be kept.
+"""
+
+from pathlib import Path
+from typing import Any, Callable, NamedTuple
+
+import numpy as np
+import timm
+import torch
+from torch import Tensor, nn
+
+from kd import models
+from kd.batches import Batch
+from kd.data.frames import Data, Split
+from kd.fast import compiled_teacher
+from kd.logits import LogitStore
+from kd.machine import distributed
+from kd.machine.runtime import Runtime
+from kd.predict import predict
+from kd.views import CODE, Augmentation, Views, load_views
+
+
+class LogitCache(NamedTuple):
+    """Where logits are kept, and how much of them."""
+
+    folder: Path
+    topk: int = 0               # only the K largest of a row; 0: all of them
+    temperature: float = 1.0    # at which the rest of a row keeps its total probability
+
+
+class Teacher:
+    """A frozen model that answers from disk what it has answered before."""
+
+    def __init__(self, model: nn.Module, prep: models.Preprocessing, data: Data, views: Views, runtime: Runtime,
+                 cache: LogitCache, batch_size: int = 0) -> None:
+        """model: frozen, in eval mode; prep: what timm declares for it; data: pictures resized as `prep` says.
+
+        batch_size: compile the model for batches of that size; 0: leave it as it is.
+        """
+        self.model, self.prep, self.data, self.views, self.runtime = model, prep, data, views, runtime
+        self.cache, self.compiled = cache, batch_size > 0
+        self.weights = models.digest(model)
+        self.answer: Callable[[Tensor], Tensor] = compiled_teacher.compile_frozen(model, batch_size, self.compiled)
+        self.store = self._open_store(data.train, views.augmentation)
+
+    @torch.no_grad()
+    def logits(self, batch: Batch) -> Tensor:
+        """float32 `(B, C)`, on the device: read from disk where this (view, sample) was met before, else computed."""
+        stored = self.store.get(batch.view, batch.samples)
+        if stored is not None:
+            return stored.to(self.runtime.device, non_blocking=True)
+
+        pixels = batch.pixels
+        if batch.split is not self.data.train:
+            # The teacher declares another interpolation than the student: the same view, from frames resized its way.
+            pixels = load_views(self.data.train.frames.read, len(self.data.train), batch.samples, batch.view,
+                                self.views, self.runtime.device)
+        # Both see the same view, each normalised with the mean and std of its own weights.
+        with self.runtime.autocast():
+            logits = self.answer(models.normalize(pixels, self.prep)).float()
+        return self.store.put(batch.view, batch.samples, logits)
+
+    def predict(self, split: Split, label: str, stop: Callable[[], None] = lambda: None) -> np.ndarray:
+        """float32 `(N, C)`: the logits of a whole split under the centre crop, computed once and kept as well.
+
+        Collective: every rank must call it. `label` names the progress bar; `stop` is called before every batch.
+        """
+        store = self._open_store(split, None)
+        everything = np.arange(len(split))
+        stored = store.get(0, everything)
+        if distributed.max_over_ranks(stored is None)[0]:  # either all ranks compute, or none
+            computed = predict(self.model, split.frames, self.prep, self.views.size, self.runtime, label, stop)
+            stored = store.put(0, everything, torch.from_numpy(computed))
+            store.flush()
+        assert stored is not None
+        return stored.numpy()
+
+    def _open_store(self, split: Split, augmentation: Augmentation | None) -> LogitStore:
+        """The logits of one split's views; None: of its centre crops. Found by all that decides their values."""
+        key: dict[str, Any] = dict(
+            teacher=self.weights, name=models.architecture(self.model), prep=self.prep, size=self.views.size,
+            frames=split.frames.digest, amp=str(self.runtime.amp), device=self.runtime.device.type,
+            torch=torch.__version__, timm=timm.__version__)
+        if augmentation is None:
+            return LogitStore(self.cache.folder / "logits", key, len(split), len(self.data.classes))
+        key.update(augment=augmentation, seed=self.views.seed, code=CODE, compiled=self.compiled)
+        return LogitStore(self.cache.folder / "logits", key, len(split), len(self.data.classes), self.cache.topk,
+                          self.cache.temperature)
