@@ -76,7 +76,7 @@ class Bin(NamedTuple):
     middle: float      # of the interval
     confidence: float  # mean
     accuracy: float
-    count: int
+    samples: int
 
 
 def calibration_bins(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -> list[Bin]:
@@ -95,7 +95,7 @@ def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = B
 
     confidence: the top probability, `(N,)`; correct: whether the top class is the true one, `(N,)`.
     """
-    gaps = [abs(one.accuracy - one.confidence) * (one.count / len(confidence))
+    gaps = [abs(one.accuracy - one.confidence) * (one.samples / len(confidence))
             for one in calibration_bins(confidence, correct, bins)]
     return float(sum(gaps))
 
