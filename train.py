@@ -251,7 +251,7 @@ def fit(job: Job, cfg: Config, run: Run) -> None:
         if improved:
             position.best, position.best_epoch = result["accuracy"], epoch + 1
             models.save(model, run.out / job.role, job.data.classes, job.prep, cfg.size,
-                        model_card(job.role, cfg, {job.role: {**result, "best_epoch": position.best_epoch}}))
+                        model_card(cfg, job.role, {job.role: {**result, "best_epoch": position.best_epoch}}))
         entry = epoch_entry(job, position, result, optimizer.param_groups[0]["lr"], guard.skipped)
         print(console.epoch_line(entry, job.epochs, improved), flush=True)
         run.log(entry)                                        # metrics.jsonl and TensorBoard
@@ -308,7 +308,7 @@ def main(cfg: Config) -> dict[str, Any]:
                        precision_for(teacher_model, machine, cfg), cfg.teacher_epochs, cfg.teacher_lr), cfg, run)
     else:
         models.save(teacher_model, run.out / "teacher", data.classes, teacher_prep, cfg.size,
-                    model_card("teacher", cfg, {}))
+                    model_card(cfg, "teacher", {}))
 
     # ---- 3. It is frozen: from here on it only answers, and its answers are kept. ----------------------------
     models.freeze(teacher_model)
@@ -350,7 +350,7 @@ def main(cfg: Config) -> dict[str, Any]:
         result = run.write_result(result)
         for role in rows:
             if (run.out / role).exists():
-                files.write_atomic(run.out / role / "README.md", model_card(role, cfg, rows).encode())
+                files.write_atomic(run.out / role / "README.md", model_card(cfg, role, rows).encode())
         # The page comes after result.json: if plotting fails the result is safe, and --resume draws it again.
         from kd.tools import page       # here, because its plotting library takes half a second to load
         print("report:", page.write_report(run.out, test_logits, data, dataset.splits["test"].where, views, cfg.epochs))
@@ -413,7 +413,7 @@ def headline(machine: Runtime, name: str, data: Data, teacher: nn.Module, studen
             f"loss {choose_loss(data, views, cfg, machine, cfg.kd_weight)[1]}")
 
 
-def model_card(role: str, cfg: Config, rows: dict[str, dict[str, Any]]) -> str:
+def model_card(cfg: Config, role: str, rows: dict[str, dict[str, Any]]) -> str:
     """The README.md of a saved folder. rows: its own scores on validation, or in the end everybody's on test."""
     return card.render_card(role, rows, dataclasses.asdict(cfg), cli.command(cfg, RECIPES, FREE_ON_RESUME))
 

@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from kd import BadInput, TrainingFault, losses, models
+from kd import BadInput, TrainingFault, models
 from kd.machine import checkpoint, runtime
 from kd.data.frames import center_crop
 from kd.data.decoding import open_picture, to_frame
-from tests.stress.torture import command_line, identical
+from kd.logits import LogitStore
+from tests.helpers.runs import command_line, identical, step, watch_teacher
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -36,11 +37,9 @@ def test_one_step_is_the_step_that_one_would_write_by_hand():
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
     twin = copy.deepcopy(model)
     x, labels, soft = torch.randn(6, 3, 2, 2), torch.randint(3, (6,)), torch.randn(6, 3)
-    run = runtime.start("cpu", "off", "off")
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.0, fused=True)
-    for step in range(3):
-        loss, norm = train.train_step(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), x, labels, soft,
-                                      loss_fn=losses.kd_loss, temperature=5.0, kd_weight=0.5, clip=0.7, run=run)
+    for number in range(3):
+        loss, norm = step(model, optimizer, x, labels, soft, clip=0.7)
         logits = twin(x)
         expected = 0.5 * F.cross_entropy(logits, labels) + 0.5 * 25 * F.kl_div(
             F.log_softmax(logits / 5, 1), F.softmax(soft / 5, 1), reduction="batchmean")
@@ -48,7 +47,7 @@ def test_one_step_is_the_step_that_one_would_write_by_hand():
         total = math.sqrt(sum(float(g.square().sum()) for g in gradients))
         assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
         assert norm.item() == pytest.approx(total, rel=1e-5)
-        if step == 0:  # Adam's first step moves every weight by lr against the sign of its gradient
+        if number == 0:  # Adam's first step moves every weight by lr against the sign of its gradient
             for before, now, gradient in zip(twin.parameters(), model.parameters(), gradients, strict=True):
                 moved = now - before
                 clear = gradient.abs() > 1e-4
@@ -83,10 +82,14 @@ def test_a_run_leaves_what_it_promises(tiny, capsys):
         ("teacher", 1), ("control", 1), ("control", 2), ("student", 1), ("student", 2)]
     # K = 1: the teacher is asked for each sample once, in the first epoch: ceil(42 / 8) batches
     assert [entry["teacher_batches"] for entry in history[3:]] == [5, 5]
+    # the rate that is logged is the one of the epoch's last step, not the peak
+    rates = [train.learning_rate(step, 10, config.lr, "linear", 0.0) for step in (4, 9)]
+    assert [entry["lr"] for entry in history[3:]] == rates and rates[0] < config.lr
     best = max(entry["accuracy"] for entry in history if entry["role"] == "student")
     assert result["student"]["validation_accuracy"] == best
     said = capsys.readouterr().out
-    assert "the teacher's gift" in said and "(" + str(result["student"]["test_correct"]) + "/12)" in said
+    assert "gain from the teacher (student − control): " in said and "headroom (teacher − control): " in said
+    assert "(" + str(result["student"]["test_correct"]) + "/12)" in said
     assert list((out / "tensorboard").glob("events*"))
 
 
@@ -103,7 +106,6 @@ def test_the_second_run_gives_the_same_student_and_never_calls_the_teacher(tiny)
 def test_stored_logits_are_the_live_teachers_under_shuffles_epochs_batch_sizes_and_mixup(tiny):
     config = dataclasses.replace(tiny, augment="mixup", views=2, epochs=2)
     train.main(config)
-    run = runtime.start("cpu", "off", "off")
     dataset = train.open_dataset(config.dataset, 0)
     teacher_model = models.create("teacher", config.teacher, dataset.classes, str(Path(config.out) / "teacher"))
     models.freeze(teacher_model.to(memory_format=torch.channels_last))
@@ -112,19 +114,36 @@ def test_stored_logits_are_the_live_teachers_under_shuffles_epochs_batch_sizes_a
                         cache_dir=config.cache_dir)
     # the run's own store of its views, found by its files rather than by remaking its key
     logits = Path(config.cache_dir) / "logits"
-    key, = [key for key in (json.loads(path.read_text()) for path in logits.glob("*/key.json")) if key["augment"]]
-    store = train.LogitStore(logits, key, 42, 3)
-    teacher, seen = train.Teacher(teacher_model, prep, data, store, run), 0
-    views: dict = dict(seed=0, size=32, spec=train.SPECS["mixup"])
+    key, = [key for key in (json.loads(path.read_text()) for path in logits.glob("*/key.json")) if "augment" in key]
+    store, seen = LogitStore(logits, key, 42, 3), 0
+    views = train.Views(0, 32, train.AUGMENTATIONS["mixup"], 2)
     for batch_size, tolerance in ((8, 0.0), (5, 1e-5)):
         for epoch in range(2):
-            batches = train.epoch_batches(0, epoch, 42, batch_size)
-            for batch in train.load_batches(data, batches, epoch, teacher, **views, device=run.device):
-                assert batch.teacher_logits is not None
-                live = train.ask_teacher(teacher, batch, epoch, data, **views)
-                assert (batch.teacher_logits - live).abs().max() <= tolerance
+            for batch in train.load_batches(data, views, epoch, batch_size, 0, torch.device("cpu")):
+                stored = store.get(batch.view, batch.samples)
+                assert stored is not None
+                with torch.no_grad():
+                    live = teacher_model(models.normalize(batch.pixels, prep))
+                assert (stored - live).abs().max() <= tolerance
                 seen += len(batch.samples)
     assert seen == 4 * 42 and store.teacher_batches == 0
+
+
+def test_a_teacher_of_another_interpolation_sees_the_same_views_from_frames_of_its_own(photos, tmp_path):
+    dataset = train.open_dataset(str(photos), 0)
+    ours, theirs = (train.decode(dataset, size=32, crop_pct=0.875, interpolation=name, cache_dir=tmp_path)
+                    for name in ("bilinear", "bicubic"))
+    torch.manual_seed(0)
+    model = models.freeze(models.create("teacher", "test_resnet", dataset.classes))
+    views, machine = train.Views(0, 32, train.AUGMENTATIONS["crop"], 0), runtime.start("cpu", "off", "off")
+    teacher = train.Teacher(model, models.preprocessing(model), theirs, views, machine, train.LogitCache(tmp_path))
+    for one, other in zip(*(train.load_batches(data, views, 0, 8, 0, machine.device) for data in (ours, theirs)),
+                          strict=True):
+        assert not torch.equal(one.pixels, other.pixels)
+        with torch.no_grad():
+            expected = model(models.normalize(other.pixels, teacher.prep))
+        assert torch.equal(teacher.logits(one), expected) and torch.equal(teacher.logits(other), expected)
+    assert teacher.store.teacher_batches == 5
 
 
 def test_without_a_share_in_the_loss_the_teacher_changes_nothing(tiny):
@@ -133,19 +152,12 @@ def test_without_a_share_in_the_loss_the_teacher_changes_nothing(tiny):
 
 
 def test_the_teacher_stays_as_it_was_while_it_teaches(tiny, monkeypatch):
-    before, after, real = [], [], train.ask_teacher
-
-    def ask(teacher, *rest, **views):
-        before.append(models.digest(teacher.model))
-        logits = real(teacher, *rest, **views)
-        after.append(models.digest(teacher.model))
-        return logits
-
-    monkeypatch.setattr(train, "ask_teacher", ask)
+    digests: list[str] = []
+    watch_teacher(monkeypatch, lambda teacher: digests.append(models.digest(teacher.model)))
     train.main(tiny)
-    assert len(before) == 5 and len({*before, *after}) == 1  # weights and BatchNorm statistics, to the bit
+    assert len(digests) == 2 * 10 and len(set(digests)) == 1  # weights and BatchNorm statistics, to the bit
     saved = models.create("teacher", tiny.teacher, ("a", "b", "c"), str(Path(tiny.out) / "teacher"))
-    assert models.digest(saved) == before[0]
+    assert models.digest(saved) == digests[0]
 
 
 def test_a_teacher_at_chance_is_refused_unless_one_insists(tiny):
@@ -235,7 +247,6 @@ def test_the_default_pair_takes_real_steps_on_real_photographs(beans, tmp_path):
     assert dataset.classes == ("angular_leaf_spot", "bean_rust", "healthy")
     assert [len(dataset.splits[name].labels) for name in ("train", "validation", "test")] == [1034, 133, 128]
     photographs, two = dataset.splits["train"], (0, 500)  # two only: a real run decodes the whole set
-    run = runtime.start("cpu", "off", "off")
     torch.manual_seed(0)
     student = models.create("student", "mobilenetv2_100", dataset.classes).to(memory_format=torch.channels_last)
     teacher = models.freeze(models.create("teacher", "resnet50", dataset.classes))
@@ -248,7 +259,6 @@ def test_the_default_pair_takes_real_steps_on_real_photographs(beans, tmp_path):
         soft = teacher(x)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, fused=True)
     before = models.digest(student)
-    values = [train.train_step(student, optimizer, torch.amp.GradScaler("cpu", enabled=False), x,
-                               torch.from_numpy(photographs.labels[list(two)]), soft, loss_fn=losses.kd_loss,
-                               temperature=5.0, kd_weight=0.5, clip=1.0, run=run)[0].item() for _ in range(2)]
+    labels = torch.from_numpy(photographs.labels[list(two)])
+    values = [step(student, optimizer, x, labels, soft)[0].item() for _ in range(2)]
     assert all(map(math.isfinite, values)) and models.digest(student) != before

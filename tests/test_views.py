@@ -6,22 +6,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kd.views import (SPECS, Spec, crop_boxes, epoch_batches, load_views, make_views, mix, mixed_labels, partners,
-                      uniforms)
+from kd.augmentations import AUGMENTATIONS, Augmentation
 from kd.data.frames import center_crop
+from kd.views import Views, crop_boxes, load_views, make_views, mix, mixed_labels, mixup_partners, uniforms
 
 FRAMES = np.random.default_rng(0).integers(0, 256, (40, 36, 36, 3), dtype=np.uint8)
 
 
 def views(samples, *, seed=0, view=0, name="crop", size=32):
-    numbers = np.asarray(samples)
-    return load_views(FRAMES.__getitem__, len(FRAMES), numbers, seed=seed, view=view, size=size, spec=SPECS[name],
-                      device=torch.device("cpu"))
+    return load_views(FRAMES.__getitem__, len(FRAMES), np.asarray(samples), view,
+                      Views(seed, size, AUGMENTATIONS[name], 0), torch.device("cpu"))
 
 
 @settings(deadline=None, derandomize=True, max_examples=40)
 @given(st.lists(st.integers(0, 39), min_size=1, max_size=20), st.integers(0, 2**40), st.integers(0, 500),
-       st.sampled_from(sorted(SPECS)))
+       st.sampled_from(sorted(AUGMENTATIONS)))
 def test_a_view_does_not_depend_on_its_batch(samples, seed, view, name):
     together = views(samples, seed=seed, view=view, name=name)
     for place, sample in enumerate(samples):
@@ -30,7 +29,7 @@ def test_a_view_does_not_depend_on_its_batch(samples, seed, view, name):
 
 def test_another_seed_sample_or_view_is_another_picture():
     frames = np.repeat(FRAMES[:1], 2, axis=0)
-    one, other = make_views(torch.from_numpy(frames), np.array([0, 1]), seed=0, view=0, size=32, spec=SPECS["crop"])
+    one, other = make_views(torch.from_numpy(frames), np.array([0, 1]), 0, Views(0, 32, AUGMENTATIONS["crop"], 0))
     assert not torch.equal(one, other)
     assert not torch.equal(views([3]), views([3], seed=1))
     assert not torch.equal(views([3]), views([3], view=1))
@@ -55,9 +54,9 @@ def test_a_crop_of_a_ramp_shows_the_box_that_was_drawn():
     # red is the column, green the row: bilinear sampling of a ramp is exact, so pixels tell where they come from
     ramp = np.zeros((1, 200, 200, 3), np.uint8)
     ramp[..., 0], ramp[..., 1] = np.arange(200), np.arange(200)[:, None]
-    spec = Spec(crop=0.35)
+    drawn = Views(3, 50, Augmentation(crop=0.35), 0)
     for view in range(20):
-        made = make_views(torch.from_numpy(ramp), np.array([0]), seed=3, view=view, size=50, spec=spec)[0].numpy()
+        made = make_views(torch.from_numpy(ramp), np.array([0]), view, drawn)[0].numpy()
         left, top, width, height = (float(v[0]) for v in crop_boxes(uniforms(3, np.array([0]), view, 10)[:, :4], 0.35))
         for axis, (start, extent) in enumerate([(left, width), (top, height)]):
             at = (start + (np.arange(50) + 0.5) / 50 * extent) * 200 - 0.5
@@ -102,7 +101,7 @@ def test_the_uniforms_are_the_hash_that_the_docstring_names():
 def test_mixup_mixes_the_views_of_two_samples_and_their_labels():
     samples = np.arange(10)
     made = views(samples, seed=5, view=2, name="mixup")
-    others, share = partners(5, samples, 2, 40, SPECS["mixup"].mixup)
+    others, share = mixup_partners(samples, 2, Views(5, 32, AUGMENTATIONS["mixup"], 0), 40)
     assert share.min() >= 0 and share.max() <= 0.5 and share.std() > 0.05 and 0 <= others.min() <= others.max() < 40
     for i in range(10):
         own, partner = views([i], seed=5, view=2)[0].double(), views([others[i]], seed=5, view=2)[0].double()
@@ -118,19 +117,9 @@ def test_mix_at_the_ends():
     assert torch.equal(mix(a, b, np.array([0.0])), a) and torch.equal(mix(a, b, np.array([1.0])), b)
 
 
-@settings(deadline=None, derandomize=True, max_examples=60)
-@given(st.integers(2, 200), st.integers(2, 40), st.integers(0, 2**32), st.integers(0, 300))
-def test_an_epoch_meets_every_sample_once_and_never_alone(samples, batch_size, seed, epoch):
-    batches = epoch_batches(seed, epoch, samples, batch_size)
-    assert sorted(np.concatenate(batches)) == list(range(samples))
-    least = min(samples, max(2, batch_size / 2))
-    assert all(least <= len(batch) <= 1.5 * batch_size for batch in batches)
-    assert all(len(batch) == batch_size for batch in batches[:-1])
-    assert len(batches) <= -(-samples // batch_size)
-    again = epoch_batches(seed, epoch, samples, batch_size)
-    assert all(np.array_equal(one, two) for one, two in zip(batches, again, strict=True))
-
-
-def test_epochs_and_seeds_shuffle_differently():
-    orders = [np.concatenate(epoch_batches(seed, epoch, 50, 8)).tolist() for seed in (0, 1) for epoch in (0, 1)]
-    assert len({tuple(order) for order in orders}) == 4
+@pytest.mark.parametrize("count, epochs, indices", [(0, 4, [0, 1, 2, 3]), (1, 3, [0, 0, 0]), (3, 5, [0, 1, 2, 0, 1]),
+                                                    (8, 3, [0, 1, 2])])
+def test_epochs_go_round_the_views(count, epochs, indices):
+    drawn = Views(0, 32, AUGMENTATIONS["crop"], count)
+    assert [drawn.index(epoch) for epoch in range(epochs)] == indices
+    assert drawn.used(epochs) == len(set(indices))

@@ -179,7 +179,7 @@ def _step_by_parts(bench: Bench, student: nn.Module) -> tuple[dict[str, float], 
         lap("loss")
         return loss
 
-    bench.data.train.frames.read = read  # type: ignore[method-assign]
+    bench.data.train.frames.read = read  # type: ignore[assignment, method-assign]
     model = Timed(distributed.wrap(student, device), lap)
     optimizer, scaler = bench.new_optimizer(student)
     optimizer.register_step_pre_hook(lambda *_: lap("backward and clipping"))
@@ -205,5 +205,5 @@ def _step_by_parts(bench: Bench, student: nn.Module) -> tuple[dict[str, float], 
             lap("optimizer")
             walls.append(wait(device) - start)
 
-    bench.data.train.frames.read = real_read  # type: ignore[method-assign]
+    bench.data.train.frames.read = real_read  # type: ignore[assignment, method-assign]
     return {part: 1e3 * seconds / len(walls) for part, seconds in spent.items()}, walls

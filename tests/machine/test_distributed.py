@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -23,7 +22,7 @@ import train
 from kd import BadInput
 from kd.machine import checkpoint, distributed
 from tests.helpers.ranks import watch
-from tests.stress.torture import command_line, identical
+from tests.helpers.runs import command_line, identical, step
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -79,10 +78,9 @@ def test_a_rank_that_dies_or_is_stopped_ends_the_job_and_a_restart_goes_on_to_th
     assert torchrun(2, "-m", "tests.helpers.ranks", notes, *command_line(whole)).returncode == 0
     order = [list(json.loads(Path(f"{notes}.{rank}.json").read_text())["views"]) for rank in (0, 1)]
 
-    began = time.monotonic()
     died = torchrun(2, "-m", "tests.helpers.ranks", notes, "--kill", str(signal.SIGKILL.value), "7",
                     *command_line(broken))
-    assert died.returncode == 1 and time.monotonic() - began < 60
+    assert died.returncode == 1  # and not after minutes of waiting: torchrun() would time out
     assert "Traceback (most recent call last):\n  File \"" + str(ROOT) not in died.stderr
     assert "train.py: error: another rank has ended" in died.stderr
 
@@ -105,7 +103,7 @@ def test_a_rank_that_dies_or_is_stopped_ends_the_job_and_a_restart_goes_on_to_th
                        *command_line(broken, "--resume"))
     assert stopped.returncode == 1 and stopped.stderr.count("train.py: error:") == 1, stopped.stderr
     assert "exitcode  : 143" in stopped.stderr
-    at = checkpoint.read(Path(broken.out) / "last.ckpt")["at"]
+    at = checkpoint.read(Path(broken.out) / "last.ckpt")["position"]
     assert (at["epoch"], at["step"]) == (1, 4)  # the step that rank 1 was in, and both made it
     again = torchrun(2, "-m", "tests.helpers.ranks", notes, "--kill", str(signal.SIGKILL.value), "3",
                      *command_line(broken, "--resume"), restarts=1)
@@ -202,9 +200,8 @@ def test_gradients_are_averaged_once_a_step(monkeypatch):
 
     monkeypatch.setattr(distributed, "world", lambda: 2)
     model = Ranked(4, 3)
-    train.train_step(model, torch.optim.SGD(model.parameters()), torch.amp.GradScaler("cpu", enabled=False),
-                     torch.randn(6, 4), torch.arange(6) % 3, None, loss_fn=train.losses.kd_loss, temperature=1.0,
-                     kd_weight=0.0, clip=1.0, run=train.runtime.start("cpu", "off", "off"), accumulate=3)
+    step(model, torch.optim.SGD(model.parameters()), torch.randn(6, 4), torch.arange(6) % 3, None, kd_weight=0.0,
+         accumulate=3)
     assert model.seen == (True, True, False)
 
 
@@ -216,9 +213,7 @@ def test_accumulated_parts_are_the_whole_batch(tiny):
         model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 3))
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         before = [p.detach().clone() for p in model.parameters()]
-        loss, norm = train.train_step(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), x, labels, soft,
-                                      loss_fn=train.losses.kd_loss, temperature=5.0, kd_weight=0.5, clip=1e9,
-                                      run=train.runtime.start("cpu", "off", "off"), accumulate=accumulate)
+        loss, norm = step(model, optimizer, x, labels, soft, clip=1e9, accumulate=accumulate)
         losses.append(loss.item())
         gradients.append(torch.cat([(a - b).flatten() for a, b in zip(before, model.parameters(), strict=True)]))
     assert np.isclose(losses[0], losses[1], rtol=1e-6)

@@ -19,7 +19,7 @@ import train
 from kd import BadInput, cli
 from kd.tools import card
 from tests.helpers import standin_hub
-from tests.stress.torture import command_line
+from tests.helpers.runs import command_line
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKEN = "hf_" + "Secret" * 5

@@ -23,6 +23,8 @@ from PIL import Image
 
 import train
 from kd import models
+from kd.batches import Batch
+from kd.teacher import Teacher
 
 GIB = 1 << 30
 SIDE = 36
@@ -59,7 +61,7 @@ def watched(config: train.Config) -> dict[str, Any]:
     machine: list[float] = []
     memory: list[int] = []
     asked: list[np.ndarray] = []
-    step, ask = train.train_step, train.ask_teacher
+    step, answer = train.train_step, Teacher.logits
     same = models.create("student", config.student, ("a", "b")).to(memory_format=torch.channels_last)
     pixels = torch.zeros(config.batch_size, 3, config.size, config.size).to(memory_format=torch.channels_last)
     since = time.perf_counter()
@@ -76,15 +78,20 @@ def watched(config: train.Config) -> dict[str, Any]:
         since = time.perf_counter()
         return result
 
-    def counted(teacher: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        asked.append(batch.samples)
-        return ask(teacher, batch, *args, **kwargs)
+    def counted(teacher: Teacher, batch: Batch) -> torch.Tensor:
+        before = teacher.store.teacher_batches
+        logits = answer(teacher, batch)
+        if teacher.store.teacher_batches > before:
+            asked.append(batch.samples)
+        return logits
 
-    train.train_step, train.ask_teacher = timed, counted
+    train.train_step = timed
+    Teacher.logits = counted  # type: ignore[assignment, method-assign]
     try:
         result = train.main(config)
     finally:
-        train.train_step, train.ask_teacher = step, ask
+        train.train_step = step
+        Teacher.logits = answer  # type: ignore[assignment, method-assign]
     return {"result": result, "times": times, "machine": machine, "memory": memory, "asked": np.concatenate(asked)}
 
 

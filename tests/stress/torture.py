@@ -40,40 +40,9 @@ from kd.data import frames
 from kd.machine import checkpoint
 from kd.data.decoding import open_picture, to_frame
 from tests.conftest import make_photos
+from tests.helpers.runs import command_line, identical
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def identical(a: Any, b: Any, place: str = "") -> None:
-    """Assert that two checkpoints are the same at tolerance 0, naming the first place where they are not."""
-    assert type(a) is type(b), place
-    if isinstance(a, dict):
-        assert list(a) == list(b), place
-        for key in a:
-            # clocks, and what is counted by process
-            if key not in ("seconds", "train_seconds", "images_per_second", "teacher_batches", "time", "elapsed"):
-                identical(a[key], b[key], f"{place}.{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), place
-        for i, (one, other) in enumerate(zip(a, b, strict=True)):
-            identical(one, other, f"{place}[{i}]")
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), place
-    else:
-        assert a == b, place
-
-
-def command_line(config: train.Config, *more: str) -> list[str]:
-    """The flags that give `config`."""
-    line = list(more)
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        option = "--" + field.name.replace("_", "-")
-        if value is True:
-            line.append(option)
-        elif not isinstance(value, bool) and value != "":
-            line += [option, str(value)]
-    return line
 
 
 def tiny_run(folder: Path, photos: Path, **changes: Any) -> train.Config:

@@ -1,0 +1,51 @@
+"""A step, a weight or a statistic that is not finite ends the run, by name, before anything is saved."""
+
+import pytest
+import torch
+from torch import nn
+
+from kd import TrainingFault
+from kd.machine.health import Guard
+
+
+def guard(amp: torch.dtype | None = None, model: nn.Module | None = None) -> Guard:
+    return Guard("student", model or nn.Linear(2, 2), torch.device("cpu"), amp)
+
+
+def note(watching: Guard, norms: list[float], start: int = 0) -> Guard:
+    for step, norm in enumerate(norms, start):
+        watching.note(step, torch.tensor(1.0), torch.tensor(norm))
+    return watching
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["loss", "norm"])
+def test_the_first_step_that_is_not_finite_is_named(bad, where):
+    watching = note(guard(), [1, 2])
+    watching.check()
+    assert watching.skipped == 0
+    values = {"loss": torch.tensor(1.0), "norm": torch.tensor(1.0), where: torch.tensor(bad)}
+    with pytest.raises(TrainingFault, match="student: .* at step 2;"):  # at that step, not at the next check
+        watching.note(2, values["loss"], values["norm"])
+    with pytest.raises(TrainingFault, match="student: .* at step 2;"):  # and at every later check
+        watching.check()
+
+
+def test_under_fp16_only_twenty_bad_steps_in_a_row_stop_the_run():
+    watching = note(guard(torch.float16), ([float("inf")] * 19 + [1]) * 3)
+    watching.check()
+    assert watching.skipped == 57
+    with pytest.raises(TrainingFault, match="20 steps in a row"):
+        note(guard(torch.float16), [1] + [float("inf")] * 20 + [1])
+
+
+def test_weights_and_statistics_that_are_not_finite_are_named_even_where_the_step_was_skipped():
+    norm = nn.BatchNorm2d(4)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), norm)
+    watching = note(guard(torch.float16, model), [1, float("inf"), 1])
+    watching.check()
+    assert watching.skipped == 1  # and the run goes on
+    assert norm.running_var is not None
+    norm.running_var[2] = float("nan")
+    with pytest.raises(TrainingFault, match="student: 1.running_var is not finite"):
+        watching.check()
