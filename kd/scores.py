@@ -165,8 +165,8 @@ def gain_lines(rows: dict[str, dict[str, Any]], paired: dict[str, Any]) -> list[
     rows: by role, as in result.json; paired: `compare_paired` of student and control.
     """
     images, total = paired["images"], rows["student"]["test_total"]
-    gain = (f"gain from the teacher (student − control): {format_points(paired['gain'])}, "
-            f"{_minus(f'{images:+d}')} {'image' if abs(images) == 1 else 'images'} of {total}, "
+    gain = (f"gain from the teacher (student − control): {format_points(paired['gain'])} points, "
+            f"{minus(f'{images:+d}')} {'image' if abs(images) == 1 else 'images'} of {total}, "
             f"exact McNemar p = {paired['p']:.2g}")
     if paired["p"] > SIGNIFICANCE:
         gain += ": within chance"
@@ -179,17 +179,17 @@ def gain_lines(rows: dict[str, dict[str, Any]], paired: dict[str, Any]) -> list[
         meaning = "the student is better than its teacher"
     else:
         meaning = "no teacher can give more"
-    return [gain, f"headroom (teacher − control): {format_points(headroom)}: {meaning}"]
+    return [gain, f"headroom (teacher − control): {format_points(headroom)} points: {meaning}"]
 
 
 def format_points(difference: float) -> str:
-    """`+11.7 points` from a difference of two shares."""
+    """`+11.7`, in points, from a difference of two shares."""
     rounded = round(100 * difference, 1) + 0.0  # adding zero makes -0.0 positive
-    return f"{_minus(f'{rounded:+.1f}')} points"
+    return minus(f"{rounded:+.1f}")
 
 
-def _minus(number: str) -> str:
-    """With the minus sign that is as wide as a plus."""
+def minus(number: str) -> str:
+    """A number with the minus sign that is as wide as a plus."""
     return number.replace("-", "−")
 
 

@@ -5,82 +5,92 @@
 The pictures go the way of validation and test: the same decoder, resize, centre crop, normalisation and precision.
 """
 
-import argparse
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from kd import BadInput, cli, models
+from kd import BadInput, models
 from kd.data.decoding import open_picture, to_frame
-from kd.machine import runtime
+from kd.machine import runtime as machine
 from kd.predict import predict
+from kd.scores import softmax
+from kd.tools import arguments
 
-FORMATS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}  # looked for in folders
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Row-wise probabilities, float64."""
-    shares = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
-    return shares / shares.sum(axis=1, keepdims=True)
+# endings of the files that are taken from a folder; a file that is named itself may have any
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
-def pictures(paths: list[str]) -> list[Path]:
+class PictureFiles:
+    """Image files as resized frames, decoded when they are read."""
+
+    def __init__(self, paths: list[Path], size: int, prep: models.Preprocessing) -> None:
+        self.paths, self.size, self.interpolation = paths, size, prep.interpolation
+        self.side = math.floor(size / prep.crop_pct)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, numbers: np.ndarray) -> np.ndarray:
+        """uint8 `(B, R, R, 3)`. Raises BadInput, naming the file, where one is not an image."""
+        return np.stack([self._frame(self.paths[number]) for number in numbers])
+
+    def _frame(self, path: Path) -> np.ndarray:
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise BadInput(f"{path}: {error.strerror}; give an image that can be read") from error
+        return to_frame(open_picture(content, str(path)), self.size, self.side, self.interpolation)
+
+
+def find_pictures(paths: list[str]) -> list[Path]:
     """Files as given, and every image below a folder, sorted. Raises BadInput for a path that is neither."""
-    found: list[Path] = []
+    pictures: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(one for one in path.rglob("*") if one.suffix.lower() in FORMATS and one.is_file())
+            inside = sorted(file for file in path.rglob("*")
+                            if file.suffix.lower() in SUFFIXES and file.is_file())
             if not inside:
                 raise BadInput(f"{path}: holds no image; give a file, or a folder with images")
-            found += inside
+            pictures += inside
         elif path.is_file():
-            found.append(path)
+            pictures.append(path)
         else:
             raise BadInput(f"{path}: no such file or folder; give an image or a folder of images")
-    return found
+    return pictures
 
 
-def _bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise BadInput(f"{path}: {error.strerror}; give an image that can be read") from error
-
-
-def main(argv: list[str]) -> list[dict]:
+def main(argv: list[str]) -> list[dict[str, Any]]:
     """Prints, and returns, one row a picture. Raises BadInput."""
-    parser = cli.OneLineParser(prog="python -m kd predict", description=__doc__, allow_abbrev=False,
-                               formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.make_parser("predict", __doc__)
     parser.add_argument("model", help="folder that train.py saved, such as runs/demo/student")
     parser.add_argument("images", nargs="+", metavar="IMAGE|FOLDER")
     parser.add_argument("--top", type=int, default=3, help="how many classes to name (default: 3)")
-    parser.add_argument("--json", action="store_true", help="one JSON object a picture")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="default: auto, as in "
-                        "training; another precision may move a picture near the border")
+    arguments.add_json_flag(parser, "one JSON object a picture")
+    arguments.add_device_flags(parser)
     args = parser.parse_args(argv)
     if args.top < 1:
         raise BadInput(f"--top {args.top}: must be at least 1")
-    run = runtime.start(args.device, args.amp, "off")
+
+    runtime = machine.start(args.device, args.amp, "off")
     model, prep, size, classes = models.open_saved(args.model)
-    files = pictures(args.images)
-    side = math.floor(size / prep.crop_pct)
+    paths = find_pictures(args.images)
+    # the memory format is that of train.py, because another one rounds differently
+    model = model.to(runtime.device).to(memory_format=torch.channels_last)
+    logits = predict(model, PictureFiles(paths, size, prep), prep, size, runtime, "predicting")
 
-    def read(numbers: np.ndarray) -> np.ndarray:
-        return np.stack([to_frame(open_picture(_bytes(files[i]), str(files[i])), size, side, prep.interpolation)
-                         for i in numbers])
-
-    placed = model.to(run.device).to(memory_format=torch.channels_last)  # as train.py has it
-    logits = predict(placed, read, len(files), prep, size, run, "predicting")
     rows = []
-    width = max(len(str(path)) for path in files)
-    for path, shares in zip(files, softmax(logits), strict=True):
-        best = np.argsort(-shares, kind="stable")[:args.top]
-        row = {"file": str(path), "top": [{"class": classes[i], "probability": float(shares[i])} for i in best]}
-        told = "  ".join(f"{classes[i]} {100 * shares[i]:.1f} %" for i in best)
-        print(json.dumps(row) if args.json else f"{str(path):{width}}  {told}")
+    width = max(len(str(path)) for path in paths)
+    for path, probabilities in zip(paths, softmax(logits), strict=True):
+        best = np.argsort(-probabilities, kind="stable")[:args.top]
+        row = {"file": str(path),
+               "top": [{"class": classes[i], "probability": float(probabilities[i])} for i in best]}
         rows.append(row)
+        if args.json:
+            print(json.dumps(row))
+        else:
+            print(f"{str(path):{width}}  " + "  ".join(f"{classes[i]} {100 * probabilities[i]:.1f} %" for i in best))
     return rows
