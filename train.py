@@ -1,22 +1,25 @@
 """Distil a large image classifier (the teacher) into a small one (the student), in one explicit loop.
 
-    python train.py                                                   the demo, a few minutes on two CPU cores
-    python train.py --recipe tutorial --dataset beans --control       the Hugging Face tutorial, with a control
-    torchrun --standalone --nproc-per-node=4 train.py --batch-size 64                several GPUs or processes
-    python train.py --resume                                          go on where the last run was stopped
+    python train.py                                                a demo of some minutes on two CPU cores
+    python train.py --recipe tutorial --dataset beans --control    the Hugging Face tutorial, with a control
+    torchrun --standalone --nproc-per-node=4 train.py ...          several GPUs, or several processes
+    python train.py --resume                                       go on where the last run was stopped
 
-The student learns from the labels and from the teacher's logits: (1 - λ)·CE + λ·T²·KL(teacher‖student).
+The student learns from the labels and from the teacher's logits by
+
+    (1 - λ)·CE(student, labels) + λ·T²·KL(softmax(teacher / T) ‖ softmax(student / T)).
+
 The control is the same student without a teacher: it shows what the teacher was worth. A run ends with
-a table of all three on the test split, and leaves its models, its log and a page to look at in --out.
+a table of all three on the test split. It leaves their weights, a log and a page to look at in --out.
 
-Read on in this order: `train_step` (one step), `fit` (one training), `main` (the whole run).
+Read `train_step` (one step), then `fit` (one training), then `main` (the whole run).
 """
 
 import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 from kd import cli
 from kd.augmentations import AUGMENTATIONS
@@ -61,8 +64,10 @@ class Config:
     epochs: int = flag(30, "epochs of the student and of its control", low=1)
     batch_size: int = flag(8, "samples a step", low=2)
     lr: float = flag(5e-5, "peak learning rate of the student and of its control", above=0)
-    schedule: str = flag("linear", "decay of the learning rate to zero, also the teacher's", ("linear", "cosine"))
-    warmup: float = flag(0.0, "share of the steps over which the rate rises, also the teacher's", low=0, high=1)
+    schedule: str = flag("linear", "decay of the learning rate to zero, also the teacher's",
+                         ("linear", "cosine"))
+    warmup: float = flag(0.0, "share of the steps over which the rate rises, also the teacher's",
+                         low=0, high=1)
     weight_decay: float = flag(0.0, "AdamW's decoupled weight decay, also the teacher's", low=0)
     clip: float = flag(1.0, "largest norm of the gradient, also the teacher's", above=0)
     accumulate: int = flag(1, "take a batch in that many parts, to need less memory", low=1)
@@ -71,8 +76,8 @@ class Config:
     # Speed. `--kernels off --compile off --amp off` runs the plain loop that you read here.
     device: str = flag("auto", "where to compute", ("auto", "cpu", "cuda"))
     amp: str = flag("auto", "mixed precision", ("auto", "off", "bf16", "fp16"))
-    compile: str = flag("auto", "torch.compile the training (auto: on CUDA) and the frozen teacher (auto: if it pays)",
-                        ("auto", "on", "off"))
+    compile: str = flag("auto", "torch.compile the training (auto: on CUDA), and the frozen teacher "
+                        "(auto: if it has minutes of work)", ("auto", "on", "off"))
     kernels: str = flag("auto", "the fused kernels of kd/fast and a tuned allocator; off: plain PyTorch",
                         ("auto", "off"))
     loss: str = flag("auto", "implementation of the loss", ("auto", "reference", "fused"))
@@ -81,7 +86,8 @@ class Config:
     save_minutes: float = flag(10.0, "a checkpoint at least this often, besides one an epoch", low=0)
     quiet: bool = flag(False, "print nothing but the closing line of JSON, and errors")
     push_to_hub: str = flag("", "upload the student's folder to this Hub repository, such as someone/student")
-    push: str = flag("end", "upload it at the end, or also each time that it improves", ("end", "every-epoch"))
+    push: str = flag("end", "upload it at the end, or also each time that it improves",
+                     ("end", "every-epoch"))
     private: bool = flag(False, "if that repository is new, make it private")
 
 
@@ -101,8 +107,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 # What may differ between a run and its continuation. Any other change would make it another run.
-FREE_ON_RESUME = {"out", "resume", "overwrite", "cache_dir", "save_minutes", "device", "quiet", "push_to_hub",
-                  "push", "private"}
+FREE_ON_RESUME = {"out", "resume", "overwrite", "cache_dir", "save_minutes", "device", "quiet",
+                  "push_to_hub", "push", "private"}
 
 # Flags are parsed before torch is loaded, which takes seconds: --help and mistyped flags answer at once.
 CONFIG = cli.parse_or_exit(Config, RECIPES, __doc__) if __name__ == "__main__" else None
@@ -114,8 +120,10 @@ from torch import Tensor, nn
 from kd import losses, models
 from kd.batches import Batch, count_batches, load_batches
 from kd.data.frames import Data, decode
+from kd.data.samples import Dataset
 from kd.data.sources import open_dataset
 from kd.fast import blocks, compiled_teacher
+from kd.losses import LossFunction
 from kd.machine import console, distributed, files, hub, runtime
 from kd.machine.health import Guard
 from kd.machine.runtime import Runtime
@@ -143,30 +151,32 @@ class Job:
     teacher: Teacher | None = None
 
 
-def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, batch: Batch,
-               x: Tensor, teacher_logits: Tensor | None, loss_fn: Callable[..., Tensor], cfg: Config,
-               machine: Runtime) -> tuple[Tensor, Tensor]:
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+               batch: Batch, x: Tensor, teacher_logits: Tensor | None, loss_fn: LossFunction,
+               cfg: Config, machine: Runtime) -> tuple[Tensor, Tensor]:
     """One training step: forward, loss, backward, update.
 
-    x: the batch's pixels, normalised, `(B, 3, H, W)`; teacher_logits: `(B, C)`, or None without a teacher.
-    Returns the loss and the norm of its gradient. Both are still on the device: nothing here waits for it.
+    x               the batch's pixels, normalised, `(B, 3, H, W)` float32
+    teacher_logits  `(B, C)` float32, or None where there is no teacher
+    Returns the loss and the norm of its gradient, two scalars. Both are still on the device: on a GPU,
+    nothing in here waits for it.
     """
     total = torch.zeros((), device=x.device)
-    parts = distributed.split_batch(len(x), cfg.accumulate)   # slices; with --accumulate 1, one that is the whole
+    parts = distributed.split_batch(len(x), cfg.accumulate)   # slices; by default one, the whole batch
     for part in parts:
-        # With several ranks, only the last part's backward averages the gradients over the ranks.
+        # DistributedDataParallel averages gradients over the ranks in the last part's backward only.
         with machine.autocast(), distributed.sync_gradients(model, part is parts[-1]):
             logits = model(x[part])
         teacher_part = None if teacher_logits is None else teacher_logits[part]
         loss = loss_fn(logits, teacher_part, batch.labels[part])
-        # A mean over the part becomes its share of the mean over the batch, and over that of all ranks.
+        # From the mean over this part to its share of the mean over the batch of all ranks.
         loss = loss * (batch.weight * len(logits) / len(x))
         scaler.scale(loss).backward()                         # the scale is 1 unless training in fp16
         total += loss.detach()
 
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip, foreach=True)
-    scaler.step(optimizer)                                    # in fp16, skipped where a gradient overflowed
+    scaler.step(optimizer)                                    # in fp16, not after an overflow
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return total, norm
@@ -184,42 +194,47 @@ def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup: flo
 def fit(job: Job, cfg: Config, run: Run) -> None:
     """Train `job.model`. The weights that are best on validation are saved to `run.out / job.role`.
 
-    The teacher, the control and the student all come through here. Only the student has a `job.teacher`.
+    The teacher, the control and the student all come through here. Only the student has a
+    `job.teacher`.
 
-    A resumed run continues exactly: the position, the weights and the optimizer are saved. Batches, views, dropout
-    and learning rate are functions of (seed, epoch, step), so there is nothing else to save.
+    A resumed run continues exactly. Its checkpoint holds the position, the weights and the optimizer.
+    Batches, views, dropout and learning rate are functions of (seed, epoch, step), so there is nothing
+    else to save.
     """
     model, train, validation, machine = job.model, job.data.train, job.data.validation, job.machine
 
-    # ---- what the loop needs -----------------------------------------------------------------------------
-    loss_fn, _ = choose_loss(job.data, job.views, cfg, machine, job.kd_weight)
+    # ---- what the loop needs ---------------------------------------------------------------------
+    loss_fn, _ = choose_loss(job.data, job.views, job.kd_weight, cfg, machine)
     optimizer = torch.optim.AdamW(model.parameters(), lr=job.lr, weight_decay=cfg.weight_decay, fused=True)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]                     # the peak; each group may have its own
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.amp is torch.float16)
 
-    guard = Guard(job.role, model, machine.device, machine.amp)             # notices values that are not finite
-    position = run.restore(job.role, model, optimizer, scaler, guard, machine.device)   # a new run: epoch 0, step 0
-    forward = distributed.wrap(model, machine.device)         # under torchrun, DistributedDataParallel
+    guard = Guard(job.role, model, machine.device, machine.amp)     # ends the run at a NaN or infinity
+    # Epoch 0, step 0 in a new run. In a resumed one, this fills model, optimizer and scaler as well.
+    position = run.restore(job.role, model, optimizer, scaler, guard, machine.device)
+
+    forward = distributed.wrap(model, machine.device)         # DistributedDataParallel under torchrun
     if machine.compile:
         forward = torch.compile(forward)                      # type: ignore[assignment]
-
     steps_per_epoch = count_batches(len(train), cfg.batch_size)
+    total_steps = job.epochs * steps_per_epoch
 
     for epoch in range(position.epoch, job.epochs):
 
-        # ---- train for one epoch -------------------------------------------------------------------------
+        # ---- train for one epoch -----------------------------------------------------------------
         model.train()
         position.clock.start()
-        batches = load_batches(job.data, job.views, epoch, cfg.batch_size, position.step, machine.device)
+        batches = load_batches(job.data, job.views, epoch, cfg.batch_size, position.step,
+                               machine.device)
         label = f"{job.role} {epoch + 1}/{job.epochs}"
         with console.progress(len(train), label, initial=position.step * cfg.batch_size) as bar:
             for batch in batches:
                 step = epoch * steps_per_epoch + position.step
                 torch.manual_seed(cfg.seed * 1_000_003 + step)      # for dropout, if the model has any
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(step, job.epochs * steps_per_epoch, group["initial_lr"],
-                                                cfg.schedule, cfg.warmup)
+                    group["lr"] = learning_rate(step, total_steps, group["initial_lr"], cfg.schedule,
+                                                cfg.warmup)
 
                 # The same pixels for teacher and student, each normalised as its own weights expect.
                 x = models.normalize(batch.pixels, job.prep)
@@ -227,31 +242,33 @@ def fit(job: Job, cfg: Config, run: Run) -> None:
                 teacher_logits = job.teacher.logits(batch) if job.teacher else None
 
                 # ---- a single training step ----
-                loss, norm = train_step(forward, optimizer, scaler, batch, x, teacher_logits, loss_fn, cfg, machine)
+                loss, norm = train_step(forward, optimizer, scaler, batch, x, teacher_logits,
+                                        loss_fn, cfg, machine)
                 # --------------------------------
 
                 position.step += 1
                 position.loss_sum += loss * batch.total
-                guard.note(step, loss, norm)                  # ends the run at a loss that is not finite
+                guard.note(step, loss, norm)                  # are loss and gradient finite?
                 bar.update(batch.total)
                 console.show_loss(bar, position.step, loss)
-                if run.save_is_due():                         # every --save-minutes, and after a signal
-                    run.save()                                # after a signal, leaves here
+                if run.save_is_due():                         # every --save-minutes, or after a signal
+                    run.save()                                # after a signal, raises Stopped
         position.clock.pause()
 
-        # ---- validate ------------------------------------------------------------------------------------
+        # ---- validate ----------------------------------------------------------------------------
         guard.check()
-        distributed.broadcast_weights(model)                  # every rank had BatchNorm statistics of its own
-        logits = predict(model, validation.frames, job.prep, cfg.size, machine, f"{job.role} validation",
-                         run.stop_if_requested)
+        distributed.broadcast_weights(model)                  # each rank had its own BatchNorm statistics
+        logits = predict(model, validation.frames, job.prep, cfg.size, machine,
+                         f"{job.role} validation", run.stop_if_requested)
         result = scores(logits, validation.labels)
 
-        # ---- keep the best weights, write the log ----------------------------------------------------------
+        # ---- keep the best weights, write the log ------------------------------------------------
         improved = result["accuracy"] > position.best
         if improved:
             position.best, position.best_epoch = result["accuracy"], epoch + 1
+            row = {**result, "best_epoch": position.best_epoch}
             models.save(model, run.out / job.role, job.data.classes, job.prep, cfg.size,
-                        model_card(cfg, job.role, {job.role: {**result, "best_epoch": position.best_epoch}}))
+                        model_card(cfg, job.role, {job.role: row}))
         entry = epoch_entry(job, position, result, optimizer.param_groups[0]["lr"], guard.skipped)
         print(console.epoch_line(entry, job.epochs, improved), flush=True)
         run.log(entry)                                        # metrics.jsonl and TensorBoard
@@ -261,104 +278,108 @@ def fit(job: Job, cfg: Config, run: Run) -> None:
             push(run, cfg, f"kd: epoch {epoch + 1}")
 
 
-def epoch_entry(job: Job, position: Position, result: dict[str, Any], lr: float, skipped: int) -> dict[str, Any]:
-    """One line of metrics.jsonl. result: scores on validation; lr: of the epoch's last step."""
+def epoch_entry(job: Job, position: Position, result: dict[str, Any], lr: float,
+                skipped: int) -> dict[str, Any]:
+    """One line of metrics.jsonl.
+
+    result: scores on validation; lr: of the epoch's last step; skipped: steps whose gradient overflowed fp16.
+    """
     samples, seconds = len(job.data.train), position.clock.seconds
+    # batches whose logits the teacher computed, in all ranks, since the run began or was resumed
+    computed = distributed.sum_over_ranks(job.teacher.store.teacher_batches) if job.teacher else 0
     return {
         "role": job.role, "epoch": position.epoch + 1,
-        "train_loss": distributed.mean_over_ranks(position.loss_sum).item() / samples, "skipped": skipped,
+        "train_loss": distributed.mean_over_ranks(position.loss_sum).item() / samples,
         **{key: result[key] for key in ("accuracy", "macro_f1", "loss", "calibration_error", "correct")},
-        "lr": lr, "images_per_second": samples / seconds, "seconds": seconds,
-        # how often the teacher was really asked, by all ranks, since the run began or was resumed
-        "teacher_batches": distributed.sum_over_ranks(job.teacher.store.teacher_batches) if job.teacher else 0}
+        "lr": lr, "skipped": skipped, "images_per_second": samples / seconds, "seconds": seconds,
+        "teacher_batches": computed}
 
 
 def main(cfg: Config) -> dict[str, Any]:
     """The whole run. Returns what result.json holds. Raises BadInput, TrainingFault or Stopped."""
-    check(cfg)                          # all that can be found wrong before anything is loaded
-    commit = runtime.commit()           # of the code that runs, read before anybody changes it
+    check(cfg)                                                # whatever can be found wrong right now
     machine = runtime.start(cfg.device, cfg.amp, cfg.compile, cfg.kernels)
-    distributed.join(machine.device, cfg.batch_size, cfg.accumulate)        # meet the other ranks, if any
-    run = Run(Path(cfg.out or f"runs/{cfg.recipe}"), dataclasses.asdict(cfg), FREE_ON_RESUME, cfg.save_minutes,
-              cfg.resume, cfg.overwrite)
-    if run.finished:
+    distributed.join(machine.device, cfg.batch_size, cfg.accumulate)    # meet the other ranks, if any
+    run = Run(Path(cfg.out or f"runs/{cfg.recipe}"), dataclasses.asdict(cfg), FREE_ON_RESUME,
+              cfg.save_minutes, cfg.resume, cfg.overwrite)
+    if run.finished:                                          # its result: nothing is left to do
         print(f"{run.out} is finished: nothing to do")
         push(run, cfg)
         return run.finished
-    run.stop.install()                  # Ctrl-C and SIGTERM: finish the step, save, leave
+    run.stop.install()                                        # Ctrl-C: finish the step, save, leave
 
-    # ---- 1. Data and models. One crop for all; mean, std and interpolation are each model's own. ------------
+    # ---- 1. Data and models. All share one crop; mean, std and interpolation are each model's own. ---
     dataset = open_dataset(cfg.dataset, cfg.seed)
-    student = build("student", cfg.student, "none", dataset.classes, cfg, machine)
+    student = build("student", dataset.classes, cfg, machine)
     prep = models.preprocessing(student)
-    teacher_model = build("teacher", cfg.teacher, cfg.teacher_weights, dataset.classes, cfg, machine)
+    teacher_model = build("teacher", dataset.classes, cfg, machine)
     teacher_prep = models.preprocessing(teacher_model)._replace(crop_pct=prep.crop_pct)
 
     data = teacher_data = decode_for(prep, dataset, cfg, run)
     if teacher_prep.interpolation != prep.interpolation:
         teacher_data = decode_for(teacher_prep, dataset, cfg, run)
-    run.must_match(dataset=data.digest(), teacher_weights=models.digest(teacher_model), amp=str(machine.amp))
+    # On resume, and in every rank, these must be what they were. Writes config.json.
+    run.must_match(dataset=data.digest(), teacher_weights=models.digest(teacher_model),
+                   amp=str(machine.amp))
     views = Views(cfg.seed, cfg.size, AUGMENTATIONS[cfg.augment], cfg.views)
-    print(headline(machine, dataset.name, data, teacher_model, student, views, cfg))
+    print(headline(dataset.name, data, teacher_model, student, views, cfg, machine))
 
-    # ---- 2. The teacher is fine-tuned, by the same loop, on fresh views. -----------------------------------
+    # ---- 2. The teacher is fine-tuned, by the same loop, on fresh views. ------------------------------
     if cfg.teacher_epochs:
         teacher_views = Views(cfg.seed, cfg.size, AUGMENTATIONS[cfg.teacher_augment], count=0)
         train_once(Job("teacher", teacher_model, teacher_prep, teacher_data, teacher_views,
-                       precision_for(teacher_model, machine, cfg), cfg.teacher_epochs, cfg.teacher_lr), cfg, run)
+                       precision_for(teacher_model, cfg, machine), cfg.teacher_epochs, cfg.teacher_lr),
+                   cfg, run)
     else:
         models.save(teacher_model, run.out / "teacher", data.classes, teacher_prep, cfg.size,
                     model_card(cfg, "teacher", {}))
 
-    # ---- 3. It is frozen: from here on it only answers, and its answers are kept. ----------------------------
-    models.freeze(teacher_model)
-    pictures = views.used(cfg.epochs) * len(data.train)       # how many it will be asked about
-    compiled = compiled_teacher.worth_compiling(teacher_model, pictures, cfg.size, cfg.compile)
-    teacher = Teacher(teacher_model, teacher_prep, teacher_data, views, machine,
-                      LogitCache(Path(cfg.cache_dir).expanduser(), cfg.topk, cfg.temperature),
-                      batch_size=cfg.batch_size if compiled else 0)
-    run.flush_before_save(teacher.store)
-
-    on_validation = scores(teacher.predict(teacher_data.validation, "teacher validation", run.stop_if_requested),
-                           data.validation.labels)
+    # ---- 3. It is frozen. From here on it only answers, and each answer is kept. ----------------------
+    teacher = freeze_teacher(teacher_model, teacher_prep, teacher_data, views, cfg, machine)
+    run.flush_before_save(teacher.store)                      # what it answered is on disk by then
+    validation_scores = scores(
+        teacher.predict(teacher_data.validation, "teacher validation", run.stop_if_requested),
+        data.validation.labels)
     test_logits = {"teacher": teacher.predict(teacher_data.test, "teacher test", run.stop_if_requested)}
-    on_test = scores(test_logits["teacher"], data.test.labels)
-    rows = {"teacher": test_row(cfg.teacher, models.parameters(teacher_model), on_test, on_validation["accuracy"])}
-    print(f"teacher: validation {100 * on_validation['accuracy']:.1f} %, test {100 * on_test['accuracy']:.1f} % "
-          f"({on_test['correct']}/{on_test['total']})")
+    rows = {"teacher": test_row(cfg.teacher, models.parameters(teacher_model),
+                                scores(test_logits["teacher"], data.test.labels),
+                                validation_scores["accuracy"])}
+    print(console.teacher_line(rows["teacher"]))
     if not cfg.allow_weak_teacher:
-        refuse_weak(cfg.teacher, on_validation["accuracy"], data.validation.labels)
+        refuse_weak(cfg.teacher, validation_scores["accuracy"], data.validation.labels)
 
-    # ---- 4. The control, then the student: the same initial weights, batches and views. ----------------------
     for role in ("control", "student") if cfg.control else ("student",):
-        model = build("student", cfg.student, "none", data.classes, cfg, machine)
-        job = Job(role, model, prep, data, views, precision_for(model, machine, cfg), cfg.epochs, cfg.lr)
+
+        # ---- 4. The control, then the student: the same initial weights, batches and views. -----------
+        model = build("student", data.classes, cfg, machine)
+        job = Job(role, model, prep, data, views, precision_for(model, cfg, machine), cfg.epochs, cfg.lr)
         if role == "student" and cfg.kd_weight:
             job.kd_weight, job.teacher = cfg.kd_weight, teacher
-        train_once(job, cfg, run)                             # leaves the best weights in `model`
+        train_once(job, cfg, run)                             # the best weights are now in `model`
 
-        # ---- 5. These weights, once, on test. ----------------------------------------------------------------
+        # ---- 5. These weights, once, on test. ----------------------------------------------------------
         test_logits[role] = predict(model, data.test.frames, prep, cfg.size, machine, f"{role} test",
                                     run.stop_if_requested)
-        on_test = scores(test_logits[role], data.test.labels, test_logits["teacher"])
-        best = max(entry["accuracy"] for entry in run.history if entry["role"] == role)
-        rows[role] = test_row(cfg.student, models.parameters(model), on_test, best)
+        rows[role] = test_row(cfg.student, models.parameters(model),
+                              scores(test_logits[role], data.test.labels, test_logits["teacher"]),
+                              run.best_accuracy(role))
 
-    # ---- 6. The tables, result.json, the model cards, the page, the Hub. --------------------------------------
-    result = summarise(rows, test_logits, data, teacher, run, cfg, commit)
+    # ---- 6. The tables, result.json, the model cards, the page, the Hub. -------------------------------
+    result = summarise(rows, test_logits, data, teacher, run, cfg)
     if distributed.rank() == 0:
         result = run.write_result(result)
         for role in rows:
             if (run.out / role).exists():
                 files.write_atomic(run.out / role / "README.md", model_card(cfg, role, rows).encode())
-        # The page comes after result.json: if plotting fails the result is safe, and --resume draws it again.
-        from kd.tools import page       # here, because its plotting library takes half a second to load
-        print("report:", page.write_report(run.out, test_logits, data, dataset.splits["test"].where, views, cfg.epochs))
+        # The page comes last: if plotting fails, the result is safe, and --resume draws the page again.
+        from kd.tools import page       # imported here, because its plotting library takes half a second
+        print("report:", page.write_report(run.out, test_logits, data, dataset.splits["test"].name_of,
+                                           views, cfg.epochs))
         push(run, cfg)
     return result
 
 
-# ---- what main calls ---------------------------------------------------------------------------------------------
+# ---- what main calls -----------------------------------------------------------------------------------
 
 def check(cfg: Config) -> None:
     """Raise BadInput for what can be found wrong without loading anything."""
@@ -368,76 +389,92 @@ def check(cfg: Config) -> None:
     hub.check(cfg.push_to_hub)
 
 
-def build(flag: str, name: str, weights: str, classes: tuple[str, ...], cfg: Config, machine: Runtime) -> nn.Module:
-    """A timm model on its device. Random weights come from the seed. Errors name the flag."""
+def build(role: str, classes: tuple[str, ...], cfg: Config, machine: Runtime) -> nn.Module:
+    """The timm model of "teacher" or "student", on its device. Random weights come from the seed."""
     torch.manual_seed(cfg.seed)
-    model = models.create(flag, name, classes, weights)
-    model = models.check_size(model.to(machine.device).to(memory_format=torch.channels_last), cfg.size)
+    if role == "teacher":
+        model = models.create("teacher", cfg.teacher, classes, cfg.teacher_weights)
+    else:
+        model = models.create("student", cfg.student, classes)
+    model = model.to(machine.device).to(memory_format=torch.channels_last)
+    models.check_size(model, cfg.size)
     if cfg.sync_bn:
         return distributed.synchronise_batchnorm(model, machine.device)
     return blocks.accelerate(model) if machine.kernels else model
 
 
-def decode_for(prep: models.Preprocessing, dataset: Any, cfg: Config, run: Run) -> Data:
-    """Every picture resized as `prep` says: from --cache-dir, or decoded now."""
+def decode_for(prep: models.Preprocessing, dataset: Dataset, cfg: Config, run: Run) -> Data:
+    """Every picture, resized as `prep` says: read from --cache-dir, or decoded now."""
     return decode(dataset, size=cfg.size, crop_pct=prep.crop_pct, interpolation=prep.interpolation,
                   cache_dir=cfg.cache_dir, progress=run.stop.raise_if_requested)
 
 
-def precision_for(model: nn.Module, machine: Runtime, cfg: Config) -> Runtime:
-    """Under `--amp auto`, float32 for the training of a model that CPUs train more slowly in bf16."""
-    return machine._replace(amp=None) if cfg.amp == "auto" and blocks.slow_in_bf16(model) else machine
+def precision_for(model: nn.Module, cfg: Config, machine: Runtime) -> Runtime:
+    """`machine`, but float32 under `--amp auto` for a model that CPUs train more slowly in bf16."""
+    slow = cfg.amp == "auto" and blocks.slow_in_bf16(model)
+    return machine._replace(amp=None) if slow else machine
 
 
-def choose_loss(data: Data, views: Views, cfg: Config, machine: Runtime,
-                kd_weight: float) -> tuple[Callable[..., Tensor], str]:
-    """loss_fn(student_logits, teacher_logits, labels) with T and λ bound, and its name."""
+def choose_loss(data: Data, views: Views, kd_weight: float, cfg: Config,
+                machine: Runtime) -> tuple[LossFunction, str]:
+    """loss_fn(student_logits, teacher_logits, labels), with T and λ bound, and its name."""
     return losses.choose(cfg.loss, machine.device, cfg.temperature, kd_weight, len(data.classes),
                          soft_labels=views.augmentation.mixup > 0, kernels=machine.kernels)
 
 
 def train_once(job: Job, cfg: Config, run: Run) -> None:
-    """`fit`, unless a resumed run has done so already. Then `job.model` has the best weights, in every rank."""
+    """`fit`, unless a resumed run has done so already. Then the best weights are in `job.model`."""
     if not run.done(job.role):
         fit(job, cfg, run)
         run.mark_done(job.role)
     run.load_best(job.role, job.model)
 
 
-def headline(machine: Runtime, name: str, data: Data, teacher: nn.Module, student: nn.Module, views: Views,
-             cfg: Config) -> str:
+def freeze_teacher(model: nn.Module, prep: models.Preprocessing, data: Data, views: Views, cfg: Config,
+                   machine: Runtime) -> Teacher:
+    """The teacher that answers: frozen, compiled where that pays, with its logits under --cache-dir."""
+    models.freeze(model)
+    pictures = views.used(cfg.epochs) * len(data.train)       # how many it will be asked about
+    compiled = compiled_teacher.worth_compiling(model, pictures, cfg.size, cfg.compile)
+    cache = LogitCache(Path(cfg.cache_dir).expanduser(), cfg.topk, cfg.temperature)
+    return Teacher(model, prep, data, views, machine, cache, batch_size=cfg.batch_size if compiled else 0)
+
+
+def headline(name: str, data: Data, teacher: nn.Module, student: nn.Module, views: Views, cfg: Config,
+             machine: Runtime) -> str:
     """The first line of a run: machine, data, models, loss."""
     return (f"{machine.line} | {name}: {len(data.train)} + {len(data.validation)} + {len(data.test)} pictures, "
-            f"{len(data.classes)} classes, {cfg.size} px | teacher {cfg.teacher} ({models.parameters(teacher):,}) | "
+            f"{len(data.classes)} classes, {cfg.size} px | "
+            f"teacher {cfg.teacher} ({models.parameters(teacher):,}) | "
             f"student {cfg.student} ({models.parameters(student):,}) | "
-            f"loss {choose_loss(data, views, cfg, machine, cfg.kd_weight)[1]}")
+            f"loss {choose_loss(data, views, cfg.kd_weight, cfg, machine)[1]}")
 
 
 def model_card(cfg: Config, role: str, rows: dict[str, dict[str, Any]]) -> str:
-    """The README.md of a saved folder. rows: its own scores on validation, or in the end everybody's on test."""
+    """The README.md of a saved folder. rows: its own scores on validation, or at the end all on test."""
     return card.render_card(role, rows, dataclasses.asdict(cfg), cli.command(cfg, RECIPES, FREE_ON_RESUME))
 
 
-def summarise(rows: dict[str, dict[str, Any]], test_logits: dict[str, np.ndarray], data: Data, teacher: Teacher,
-              run: Run, cfg: Config, commit: str | None) -> dict[str, Any]:
-    """Print the closing tables; returns what result.json will hold."""
-    paired = None
-    if cfg.control:
-        paired = compare_paired(test_logits["student"], test_logits["control"], data.test.labels)
+def summarise(rows: dict[str, dict[str, Any]], test_logits: dict[str, np.ndarray], data: Data,
+              teacher: Teacher, run: Run, cfg: Config) -> dict[str, Any]:
+    """Print the closing tables. Returns what result.json will hold."""
     if teacher.store.dropped:
-        print(f"--topk {cfg.topk}: the other classes have {teacher.store.dropped_share():.2e} of the teacher's "
-              "probability")
+        print(f"--topk {cfg.topk}: the other classes have {teacher.store.dropped_share():.2e} of the "
+              "teacher's probability")
+    gain = {}
+    if cfg.control:
+        gain = {"gain": compare_paired(test_logits["student"], test_logits["control"], data.test.labels)}
     print(console.confusion_table(rows["student"]["confusion"], data.classes))
-    print(console.results_table(rows, paired))
+    print(console.results_table(rows, gain.get("gain")))
     rates = [entry["images_per_second"] for entry in run.history if entry["role"] == "student"]
-    return {**rows, **({"gain": paired} if paired else {}), "images_per_second": float(np.median(rates)),
-            "seconds": run.seconds, "teacher_batches": distributed.sum_over_ranks(teacher.store.teacher_batches),
+    return {**rows, **gain, "images_per_second": float(np.median(rates)), "seconds": run.seconds,
+            "teacher_batches": distributed.sum_over_ranks(teacher.store.teacher_batches),
             "topk_dropped": teacher.store.dropped_share(), "config": dataclasses.asdict(cfg),
-            "environment": runtime.environment(), "commit": commit}
+            "environment": runtime.environment(), "commit": run.commit}
 
 
 def push(run: Run, cfg: Config, message: str = "kd: the best student by validation accuracy") -> None:
-    """Upload the student's folder, if --push-to-hub asks for it. A failure is one line and harms nothing."""
+    """Upload the student's folder, if --push-to-hub says so. A failure is one line and harms nothing."""
     if cfg.push_to_hub and distributed.rank() == 0:
         print(hub.push_folder(str(run.out / "student"), cfg.push_to_hub, message, cfg.private,
                               lambda: run.stop.signal))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kd import BadInput, models
-from kd.machine import checkpoint, distributed
+from kd.machine import checkpoint, distributed, runtime
 from kd.machine.files import write_atomic
 from kd.machine.health import Guard
 from kd.machine.records import Records
@@ -92,6 +92,7 @@ class Run:
         Raises BadInput where the folder holds another run, something else, or a run with other settings.
         """
         self.out, self.settings, self.free, self.save_minutes = out, settings, free, save_minutes
+        self.commit = runtime.commit()      # of the code that runs, read before anybody changes it
         resume = resume or bool(distributed.max_over_ranks(distributed.restarted())[0])
         saved = distributed.broadcast_from_rank0(lambda: open_folder(out, settings, free, resume, overwrite))
         # the result of a run that has nothing left to do, else None
@@ -213,6 +214,10 @@ class Run:
         """This role's training is complete; there is nothing of it left to save."""
         self.roles_done.append(role)
         self._training = None
+
+    def best_accuracy(self, role: str) -> float:
+        """The best validation accuracy of a role's epochs: that of the weights that were kept."""
+        return max(entry["accuracy"] for entry in self.history if entry["role"] == role)
 
     def load_best(self, role: str, model: nn.Module) -> None:
         """Put the best weights of a role, which are on rank 0's disk, into every rank's `model`."""

@@ -107,7 +107,7 @@ def compare(cfg: train.Config, rounds: int, steps: int) -> dict[str, Any]:
         optimizer, scaler = bench.new_optimizer(student)
         x = images[0].contiguous(memory_format=torch.channels_last)
         teacher_logits = torch.randn(len(x), len(classes), device=device)
-        forward = torch.compile(student) if bench.machine.compile else student
+        forward: nn.Module = torch.compile(student) if bench.machine.compile else student  # type: ignore
 
         def bare() -> float:
             student.train()

@@ -59,8 +59,7 @@ class Bench:
             self.prep = models.preprocessing(self.student)
             data = train.decode(dataset, size=cfg.size, crop_pct=self.prep.crop_pct,
                                 interpolation=self.prep.interpolation, cache_dir=cfg.cache_dir)
-            teacher = models.freeze(train.build("teacher", cfg.teacher, cfg.teacher_weights, dataset.classes, cfg,
-                                                self.machine))
+            teacher = models.freeze(train.build("teacher", dataset.classes, cfg, self.machine))
 
         self.samples = min(steps * cfg.batch_size, len(data.train.labels))
         block = Split(Subset(data.train, self.samples), data.train.labels[:self.samples])  # type: ignore[arg-type]
@@ -72,11 +71,12 @@ class Bench:
         self.teacher = Teacher(teacher, models.preprocessing(teacher), self.data, self.views, self.machine,
                                LogitCache(folder), batch_size=cfg.batch_size if compiled else 0)
         self.warm = self.teacher.store
-        self.loss_fn, self.loss_name = train.choose_loss(self.data, self.views, cfg, self.machine, cfg.kd_weight)
+        self.loss_fn, self.loss_name = train.choose_loss(self.data, self.views, cfg.kd_weight, cfg,
+                                                         self.machine)
 
     def new_student(self, classes: tuple[str, ...]) -> nn.Module:
         """Random weights, with the kernels of kd/fast unless `--kernels off`."""
-        return train.build("student", self.cfg.student, "none", classes, self.cfg, self.machine)
+        return train.build("student", classes, self.cfg, self.machine)
 
     def fit(self, student: nn.Module, cold: bool = False) -> float:
         """Images/s of one epoch of the real `fit` over the block, waiting for data and logging included.

@@ -43,6 +43,12 @@ def epoch_line(entry: dict[str, Any], epochs: int, best: bool) -> str:
             f"{entry['images_per_second']:6.1f} img/s{paint('  *', GREEN) if best else ''}")
 
 
+def teacher_line(row: dict[str, Any]) -> str:
+    """How good the teacher is, before it teaches."""
+    return (f"teacher: validation {100 * row['validation_accuracy']:.1f} %, test {100 * row['test_accuracy']:.1f} % "
+            f"({row['test_correct']}/{row['test_total']})")
+
+
 def results_table(rows: dict[str, dict[str, Any]], paired: dict[str, Any] | None) -> str:
     """Teacher, control and student on the test split, and what the teacher was worth.
 

@@ -35,7 +35,8 @@ def watch(notes: dict[str, Any], kill: tuple[int, int] = (0, -1)) -> Any:
             notes["views"][f"{view}/{sample}"] = hashlib.sha256(pixels.contiguous().numpy()).hexdigest()
         return made
 
-    train.train_step, batches.load_views = watched_step, watched_load
+    train.train_step = watched_step
+    batches.load_views = watched_load  # type: ignore[assignment]
 
     def undo() -> None:
         train.train_step, batches.load_views = step, load

@@ -396,9 +396,9 @@ def pictures(folder: Path, photos: Path) -> str:
     samples = dataset.splits["train"]
     decoded = data.train.frames.read(np.arange(len(samples)))
     for i in range(len(samples)):
-        expected = open_picture(Path(samples.where(i)).read_bytes(), "x")
-        assert np.array_equal(decoded[i], to_frame(expected, 24, 24, "bicubic")), samples.where(i)
-    assert set(read) <= {samples.where(i) for i in range(len(samples))}
+        expected = open_picture(Path(samples.name_of(i)).read_bytes(), "x")
+        assert np.array_equal(decoded[i], to_frame(expected, 24, 24, "bicubic")), samples.name_of(i)
+    assert set(read) <= {samples.name_of(i) for i in range(len(samples))}
     return f"odd pictures: {len(found)} of {len(found)} named or read right; 0 of {len(samples)} in another's place"
 
 
