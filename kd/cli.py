@@ -1,4 +1,4 @@
-"""Flags from a dataclass: `Config` is the only place where a flag is declared, with its default and its meaning.
+"""The command line from a dataclass: `Config` is the only place where a flag is declared.
 
 Nothing heavy is imported here, so that `--help` and a mistyped flag answer before torch is loaded.
 """
@@ -19,55 +19,53 @@ from typing import Any, Callable, NoReturn
 
 from kd import BadInput, TrainingFault
 
-RANK = int(os.environ.get("RANK", "0"))  # of this process, under torchrun
+Recipes = dict[str, dict[str, Any]]     # by name, the settings that differ from the defaults
+
+RANK = int(os.environ.get("RANK", "0"))         # of this process, under torchrun
 RANKS = int(os.environ.get("WORLD_SIZE", "1"))
 CACHE_DIR = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "kd")
 
 
+# ---- declaring and checking flags ------------------------------------------------------------------------------
+
 def flag(default: Any, help: str, choices: tuple[str, ...] = (), low: float = -math.inf, high: float = math.inf,
          above: float = -math.inf) -> Any:
-    """A dataclass field that is also a command-line flag: one of `choices`, or low <= value <= high, value > above."""
+    """A dataclass field that is also a flag. Its value is one of `choices`, or low <= value <= high, value > above."""
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high,
                                                         "above": above})
 
 
+def option_of(name: str) -> str:
+    """The flag of a field: --batch-size for batch_size."""
+    return "--" + name.replace("_", "-")
+
+
 def check(config: Any) -> None:
-    """Raise BadInput for the first value that its field does not allow, naming the nearest that it does."""
+    """Raise BadInput for the first value that its field does not allow, naming the nearest allowed ones."""
     for field in dataclasses.fields(config):
-        value, allowed, option = getattr(config, field.name), field.metadata, f"--{field.name.replace('_', '-')}"
-        if allowed["choices"] and value not in allowed["choices"]:
-            raise BadInput(f"{option} {value}: not one of its values{nearest(value, list(allowed['choices']))}")
-        if isinstance(value, (int, float)) and not (allowed["low"] <= value <= allowed["high"]
-                                                    and allowed["above"] < value < math.inf):
-            bounds = [f"{word} {bound:g}" for word, bound in
-                      (("at least", allowed["low"]), ("at most", allowed["high"]), ("above", allowed["above"]))
-                      if math.isfinite(bound)]
-            raise BadInput(f"{option} {value}: must be {' and '.join(bounds) or 'finite'}")
+        value, limits = getattr(config, field.name), field.metadata
+
+        if limits["choices"] and value not in limits["choices"]:
+            raise BadInput(f"{option_of(field.name)} {value}: not one of its values"
+                           f"{nearest(value, list(limits['choices']))}")
+
+        if isinstance(value, (int, float)):
+            inside = limits["low"] <= value <= limits["high"] and limits["above"] < value < math.inf
+            if not inside:      # also for NaN
+                words = [("at least", limits["low"]), ("at most", limits["high"]), ("above", limits["above"])]
+                bounds = " and ".join(f"{word} {bound:g}" for word, bound in words if math.isfinite(bound))
+                raise BadInput(f"{option_of(field.name)} {value}: must be {bounds or 'finite'}")
 
 
 def nearest(word: str, known: list[str]) -> str:
-    """`"; did you mean A or B?"`, or the whole list where it is short, for an error line about `word`."""
+    """For an error line about `word`: "; did you mean A or B?", or a short list of all that is known."""
     close = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
     if close:
         return f"; did you mean {' or '.join(close)}?"
     return f"; known: {', '.join(known)}" if len(known) <= 12 else ""
 
 
-def default_text(name: str, default: Any, recipes: dict[str, dict[str, Any]]) -> str:
-    """The default of a flag, and where a recipe has another one, that."""
-    others = [f"{recipe}: {settings[name]}" for recipe, settings in recipes.items() if name in settings]
-    return "; ".join([str(default), *others])
-
-
-def flags_table(config_class: type, recipes: dict[str, dict[str, Any]]) -> str:
-    """Every flag, its default (and where a recipe has another one, that) and its meaning, as a Markdown table."""
-    lines = ["| flag | default | meaning |", "|---|---|---|"]
-    for field in dataclasses.fields(config_class):
-        text, choices = field.metadata["help"], ", ".join(field.metadata["choices"])
-        default = default_text(field.name, "" if isinstance(field.default, bool) else field.default, recipes)
-        lines.append(f"| `--{field.name.replace('_', '-')}` | {default} | {text}{f' ({choices})' if choices else ''} |")
-    return "\n".join(lines)
-
+# ---- parsing -----------------------------------------------------------------------------------------------------
 
 class OneLineParser(argparse.ArgumentParser):
     """Raises BadInput where argparse would print its whole usage and leave."""
@@ -76,28 +74,18 @@ class OneLineParser(argparse.ArgumentParser):
         raise BadInput(message)
 
 
-def parse_config(config_class: type, recipes: dict[str, dict[str, Any]], argv: list[str], doc: str) -> Any:
-    """Build `config_class` from defaults, then the chosen recipe, then the flags (each overrides the last).
+def parse_config(config_class: type, recipes: Recipes, argv: list[str], doc: str) -> Any:
+    """Build `config_class` from its defaults, overridden by the recipe, overridden by the flags.
 
     Raises BadInput for an unknown flag, value or recipe, naming the nearest known ones.
     """
     fields = {field.name: field for field in dataclasses.fields(config_class)}
-    # allow_abbrev=False: `--teacher-weight` must be refused, not guessed
-    parser = OneLineParser(prog="train.py", description=doc, allow_abbrev=False,
-                           formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, field in fields.items():
-        option = "--" + name.replace("_", "-")
-        text = field.metadata["help"].replace("%", "%%")
-        if isinstance(field.default, bool):
-            parser.add_argument(option, action="store_true", default=None, help=text)
-        else:
-            shown = "|".join(field.metadata["choices"]) or type(field.default).__name__.upper()
-            default = "" if field.default == "" else f" (default: {default_text(name, field.default, recipes)})"
-            parser.add_argument(option, type=type(field.default), metavar=shown, default=None, help=text + default)
+    parser = _parser(fields, recipes, doc)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         options = [option for action in parser._actions for option in action.option_strings if option[:2] == "--"]
         raise BadInput(f"unknown argument {unknown[0]}{nearest(unknown[0].split('=')[0], options)}")
+
     flags = {name: value for name, value in vars(given).items() if value is not None}
     recipe = flags.get("recipe", fields["recipe"].default)
     config = config_class(**{**recipes.get(recipe, {}), **flags, "recipe": recipe})
@@ -105,50 +93,63 @@ def parse_config(config_class: type, recipes: dict[str, dict[str, Any]], argv: l
     return config
 
 
-def parse_or_exit(config_class: type, recipes: dict[str, dict[str, Any]], doc: str | None) -> Any:
-    """`parse_config` of the command line; a mistake ends the process with one line and status 2."""
+def _parser(fields: dict[str, dataclasses.Field], recipes: Recipes, doc: str) -> OneLineParser:
+    # allow_abbrev=False, because a mistyped `--teacher-weight` must be refused, not guessed
+    parser = OneLineParser(prog="train.py", description=doc, allow_abbrev=False,
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, field in fields.items():
+        text = field.metadata["help"].replace("%", "%%")
+        if isinstance(field.default, bool):
+            parser.add_argument(option_of(name), action="store_true", default=None, help=text)
+        else:
+            values = "|".join(field.metadata["choices"]) or type(field.default).__name__.upper()
+            default = "" if field.default == "" else f" (default: {default_text(name, field.default, recipes)})"
+            parser.add_argument(option_of(name), type=type(field.default), metavar=values, default=None,
+                                help=text + default)
+    return parser
+
+
+def default_text(name: str, default: Any, recipes: Recipes) -> str:
+    """The default of a flag, followed by the recipes that have another one."""
+    others = [f"{recipe}: {settings[name]}" for recipe, settings in recipes.items() if name in settings]
+    return "; ".join([str(default), *others])
+
+
+def parse_or_exit(config_class: type, recipes: Recipes, doc: str | None) -> Any:
+    """`parse_config` of this process's command line. A mistake ends the process with one line and status 2."""
     try:
         return parse_config(config_class, recipes, sys.argv[1:], doc or "")
     except BadInput as error:
         fail(error, error.status)
 
 
-def command(config: Any, recipes: dict[str, dict[str, Any]], skip: set[str]) -> str:
-    """The shortest command that gives `config` again, but for the flags in `skip`: a pure function of `config`.
+# ---- the command that gives a config again -----------------------------------------------------------------------
 
-    Of a path only the last part is named: where a file lies on one machine is nobody's business on another.
+def command(config: Any, recipes: Recipes, skip: set[str]) -> str:
+    """The shortest command that gives `config` again, without the flags in `skip`.
+
+    Only the last part of a path is named: where a file lies on one machine is nobody's business on another.
     """
     settings = {field.name: field.default for field in dataclasses.fields(config)} | recipes.get(config.recipe, {})
     words = ["python", "train.py"]
     for name, value in dataclasses.asdict(config).items():
         if name not in skip and value != settings[name]:
-            words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [base_name(str(value))])
+            words += [option_of(name)] + ([] if value is True else [base_name(str(value))])
     return shlex.join(words)
 
 
 def base_name(value: str) -> str:
-    """The last part of what is clearly a path; `owner/name`, which the Hub's ids look like, stays as it is."""
+    """The last part of what is clearly a path. `owner/name`, as the Hub's ids look, stays as it is."""
     return Path(value).name if value.startswith(("/", "~", ".")) or value.count("/") > 1 else value
 
 
-def fail(message: object, status: int, program: str = "train.py") -> NoReturn:
-    """Print one line on stderr and leave with `status`: users never see a traceback for what they can mend.
-
-    What every rank found wrong is said once: by rank 0, after which torchrun ends the others while they wait here. What
-    another rank alone has found, it says itself.
-    """
-    if RANK:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(10)  # torchrun looks at its ranks ten times a second, but later than that on a busy machine
-        message = f"rank {RANK}: {message}"
-    print(f"{program}: error: {' '.join(str(message).split())}", file=sys.stderr)
-    sys.exit(status)
-
+# ---- running, and leaving with one line and a status ---------------------------------------------------------------
 
 def run(main: Callable[[Any], Any], config: Any) -> None:
-    """Print what `main(config)` returns as one line of JSON; what a user can mend becomes one line and a status.
+    """Print what `main(config)` returns as one line of JSON, the last on stdout.
 
-    With `config.quiet` that line is all: what `main` prints, bars and warnings included, goes nowhere.
+    Whatever a user can mend becomes one line on stderr and an exit status. A bug keeps its traceback. Under `--quiet`,
+    and in every rank but the first, nothing else is printed.
     """
     try:
         with contextlib.ExitStack() as hushed:
@@ -160,19 +161,38 @@ def run(main: Callable[[Any], Any], config: Any) -> None:
         if not RANK:
             print(json.dumps(result))
     except Exception as error:
-        status = getattr(error, "status", None)  # that of BadInput, TrainingFault and Stopped
-        if RANKS > 1 and status is None and (type(error).__name__ in ("DistBackendError", "DistNetworkError")
-                                             or "gloo" in str(error).lower()):
+        status = getattr(error, "status", None)  # of BadInput, TrainingFault and Stopped
+        if status is not None:
+            fail(error, status)
+        if _lost_rank(error):
             fail("another rank has ended; start again with --resume, or let torchrun do it (--max-restarts)",
                  TrainingFault.status)
-        if status is None and not _out_of_memory(error):
-            raise
-        memory = (f"out of memory with --batch-size {config.batch_size} and --size {config.size}; make one of them "
-                  f"smaller, then --overwrite")
-        fail(error if status else memory, status or TrainingFault.status)
+        if _out_of_memory(error):
+            fail(f"out of memory with --batch-size {config.batch_size} and --size {config.size}; make one of them "
+                 f"smaller, then --overwrite", TrainingFault.status)
+        raise
+
+
+def fail(message: object, status: int, program: str = "train.py") -> NoReturn:
+    """Print one line on stderr and leave with `status`: users never see a traceback for what they can mend.
+
+    Several ranks may find the same fault. Rank 0 then says it and leaves, and torchrun ends the others while they wait
+    here. A fault that only another rank found is said by that rank, after the wait.
+    """
+    if RANK:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(10)  # torchrun looks at its ranks ten times a second, but less often on a busy machine
+        message = f"rank {RANK}: {message}"
+    print(f"{program}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(status)
+
+
+def _lost_rank(error: Exception) -> bool:
+    return RANKS > 1 and (type(error).__name__ in ("DistBackendError", "DistNetworkError")
+                          or "gloo" in str(error).lower())
 
 
 def _out_of_memory(error: Exception) -> bool:
-    # torch names its own on CUDA; its CPU allocator raises a plain RuntimeError
+    # torch has a type of its own for CUDA; its CPU allocator raises a plain RuntimeError
     return (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
             or "can't allocate memory" in str(error))

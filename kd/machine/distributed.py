@@ -1,8 +1,10 @@
-"""Several processes, one run: what torchrun starts, each with its share of every batch.
+"""Several processes that make one run, as torchrun starts them: each trains on its share of every batch.
 
-The batches, their order and their views are those of a single process, so that any number of ranks trains on the same
-ones: rank r takes the r-th part of each batch, gradients are averaged by PyTorch's DistributedDataParallel (Li et al.
-2020), and only rank 0 writes. Without torchrun every function here is the identity, and no process group exists.
+The batches, their order and their views do not depend on the number of ranks. Rank r takes the r-th part of each batch.
+PyTorch's DistributedDataParallel (Li et al. 2020) averages the gradients. Only rank 0 writes files.
+
+Without torchrun there is one rank, no process group exists, and every function here returns at once. "Collective" says
+that every rank must call a function equally often, or the others wait for ever.
 """
 
 import contextlib
@@ -21,22 +23,22 @@ from torch import Tensor, nn
 from kd import BadInput
 
 T = TypeVar("T")
-PATIENCE = timedelta(minutes=3)  # with ranks that do not come; torch's own is half an hour
+PATIENCE = timedelta(minutes=3)  # for ranks that do not come; torch's own limit is half an hour
 
 
 def join(device: torch.device, batch_size: int, accumulate: int) -> None:
-    """Meet the other processes that torchrun started.
+    """Meet the other processes that torchrun started, if it started this one.
 
-    Raises BadInput for a batch that they cannot share, and where they cannot meet: a port in use, a host out of reach.
+    Raises BadInput for a batch size that the ranks cannot share, and where they cannot meet, as when a port is in use.
     """
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    # half a batch, as the last of an epoch may be, still gives two samples to each part: BatchNorm needs them
+    # The last batch of an epoch may be half as long. Each part of it still needs two samples, for BatchNorm.
     least = 4 * ranks * accumulate if ranks * accumulate > 1 else 2
     if batch_size % ranks or batch_size < least:
         raise BadInput(f"--batch-size {batch_size}: {ranks} ranks with --accumulate {accumulate} need a multiple of "
                        f"{ranks}, of at least {least}")
     if ranks > 1 and not dist.is_initialized():
-        # numbers that the host decides by go through gloo, so that the GPUs need not be waited for
+        # Numbers that the host decides by go through gloo, so that the host need not wait for the GPUs.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         try:
             dist.init_process_group(backend, store=_store_of_this_start(), rank=int(os.environ["RANK"]),
@@ -50,9 +52,9 @@ def join(device: torch.device, batch_size: int, accumulate: int) -> None:
 def _store_of_this_start() -> dist.Store:
     """Where the ranks find each other's addresses.
 
-    torchrun's store outlives the processes that it starts again, and with it the addresses of those that died: so each
-    start writes under a name of its own. Only a single agent counts them alike for all ranks; several must be started
-    with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for that (pytorch/pytorch#135712).
+    torchrun's store outlives the processes that it restarts. It would hand them the addresses of dead ones, so each
+    start writes under a name of its own. That name is the restart count, which only a single agent counts alike for
+    all ranks. Several agents must run with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (pytorch/pytorch#135712).
     """
     store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
     alone = os.environ.get("GROUP_WORLD_SIZE") == "1"
@@ -60,10 +62,12 @@ def _store_of_this_start() -> dist.Store:
 
 
 def world_size() -> int:
+    """How many ranks there are; 1 without torchrun."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
+    """The number of this rank, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -73,52 +77,55 @@ def restarted() -> bool:
 
 
 def broadcast_from_rank0(make: Callable[[], T]) -> T:
-    """What `make` returns in rank 0, in every rank; or the exception that it raises there."""
+    """Call `make` in rank 0. Every rank returns what it returned, or raises what it raised. Collective."""
     if world_size() == 1:
         return make()
-    told: list[Any] = [None, None]
+    outcome: list[Any] = [None, None]       # value, exception
     if rank() == 0:
         try:
-            told[0] = make()
+            outcome[0] = make()
         except Exception as error:
-            told[1] = error
-    dist.broadcast_object_list(told)
-    if told[1] is not None:
-        raise told[1]
-    return told[0]
+            outcome[1] = error
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
 def check_same_on_all_ranks(facts: dict[str, Any], free: set[str]) -> None:
-    """Raise BadInput in every rank where `facts`, but for those in `free`, are not the same in all."""
+    """Raise BadInput in every rank unless `facts` are the same in all; those in `free` may differ. Collective."""
     if world_size() == 1:
         return
-    told: list[Any] = [None] * world_size()
-    dist.all_gather_object(told, facts)
-    for name, value in facts.items():
-        for other, theirs in enumerate(told):
-            if name not in free and theirs[name] != told[0][name]:
-                raise BadInput(f"--{name.replace('_', '-')}: rank 0 has {told[0][name]}, rank {other} has "
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, facts)
+    for name in facts:
+        for other, theirs in enumerate(gathered):
+            if name not in free and theirs[name] != gathered[0][name]:
+                raise BadInput(f"--{name.replace('_', '-')}: rank 0 has {gathered[0][name]}, rank {other} has "
                                f"{theirs[name]}; start every rank with the same flags, data and weights")
 
 
 def rank_share(samples: np.ndarray) -> np.ndarray:
-    """This rank's part of a batch: of every batch, parts differ by one sample at the most. Raises BadInput."""
+    """This rank's part of a batch of sample numbers. Parts differ by at most one sample.
+
+    Raises BadInput where a rank would have fewer than two.
+    """
     if len(samples) < 2 * world_size() > 2:
         raise BadInput(f"--dataset: {len(samples)} training pictures are too few for {world_size()} ranks; start fewer")
     return np.array_split(samples, world_size())[rank()]
 
 
 def max_over_ranks(*numbers: int) -> list[int]:
-    """The largest of each number over the ranks; all of them must ask."""
+    """The largest of each number over the ranks. Collective."""
     if world_size() == 1:
         return [int(number) for number in numbers]
-    told = torch.tensor([int(number) for number in numbers])
-    dist.all_reduce(told, dist.ReduceOp.MAX)
-    return told.tolist()
+    largest = torch.tensor([int(number) for number in numbers])
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.tolist()
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:
-    """The mean over the ranks."""
+    """The mean of a tensor over the ranks. Collective."""
     if world_size() > 1:
         value = value.clone()
         dist.all_reduce(value)
@@ -127,37 +134,40 @@ def mean_over_ranks(value: Tensor) -> Tensor:
 
 
 def sum_over_ranks(count: int) -> int:
-    """The sum over the ranks."""
+    """The sum of a count over the ranks. Collective."""
     if world_size() == 1:
         return count
-    told = torch.tensor(count)
-    dist.all_reduce(told)
-    return int(told)
+    total = torch.tensor(count)
+    dist.all_reduce(total)
+    return int(total)
 
 
 def wrap(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model whose backward averages gradients over the ranks.
+    """`model` as DistributedDataParallel, whose backward averages the gradients over the ranks; one rank: `model`.
 
-    Buffers are each rank's own while it trains, when BatchNorm does not read them; what is saved and evaluated is
-    rank 0's (`copy_first`). To send them round at every forward, as DDP does by default, would change nothing but time.
+    Each rank keeps its own buffers while it trains, when BatchNorm does not read its running statistics. Those of rank
+    0 are saved and evaluated (`broadcast_weights`). DDP would send them round at every forward, which only costs time.
     """
     if world_size() == 1:
         return model
     devices = [device.index] if device.type == "cuda" else None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch 2.14 renames broadcast_buffers
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.14 is renaming broadcast_buffers
         return nn.parallel.DistributedDataParallel(model, devices, broadcast_buffers=False,
                                                    gradient_as_bucket_view=True)
 
 
 def sync_gradients(model: Any, now: bool) -> ContextManager:
-    """Where a step has several parts, only the forward of the last (`now`) has its backward average the gradients:
-    those of the others add up in each rank until then."""
+    """The context of a part's forward: DDP's `no_sync` unless `now`.
+
+    Without it every part would average its gradients over the ranks. With it they add up in each rank, and are
+    averaged once a step.
+    """
     return contextlib.nullcontext() if now or world_size() == 1 else model.no_sync()
 
 
 def broadcast_weights(model: nn.Module) -> nn.Module:
-    """Give every rank rank 0's weights and buffers."""
+    """Give every rank the weights and buffers of rank 0. Collective."""
     if world_size() > 1:
         for tensor in model.state_dict().values():
             dist.broadcast(tensor, 0)
@@ -165,16 +175,16 @@ def broadcast_weights(model: nn.Module) -> nn.Module:
 
 
 def gather(rows: np.ndarray, count: int) -> np.ndarray:
-    """Rows of samples rank, rank + world, rank + 2·world, ... of every rank, put back in order: `(count, ...)`.
+    """All rows in their order, `(count, ...)`, where each rank has every n-th: rank, rank + n, rank + 2·n, ...
 
-    Rank 0 must have a row; another rank may have none.
+    Rank 0 must have a row; another rank may have none. Collective.
     """
     if world_size() == 1:
         return rows
-    told: list[Any] = [None] * world_size()
-    dist.all_gather_object(told, rows)
-    everything = np.empty((count, *told[0].shape[1:]), rows.dtype)
-    for other, theirs in enumerate(told):
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, rows)
+    everything = np.empty((count, *gathered[0].shape[1:]), rows.dtype)
+    for other, theirs in enumerate(gathered):
         if len(theirs):
             everything[other::world_size()] = theirs
     return everything
@@ -183,7 +193,7 @@ def gather(rows: np.ndarray, count: int) -> np.ndarray:
 def synchronise_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
     """Let every BatchNorm in `model` take its mean and variance over the whole batch, on all ranks together.
 
-    torch's own SyncBatchNorm computes on GPUs alone; elsewhere `_synchronised` does the same.
+    torch's own SyncBatchNorm works only on GPUs. Elsewhere `_synchronised` computes the same.
     """
     if device.type == "cuda":
         from timm.layers import convert_sync_batchnorm
@@ -194,14 +204,14 @@ def synchronise_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
     return model
 
 
-def _synchronised(norm: Any, alone: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """BatchNorm (Ioffe and Szegedy 2015) over the samples of all ranks; timm's BatchNormAct2d acts as well.
+def _synchronised(norm: Any, local_forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """BatchNorm (Ioffe and Szegedy 2015) over the samples of all ranks, with the activation of timm's BatchNormAct2d.
 
-    The sums are reduced by an operation that has a gradient. Mean first and then squares about it, not E[x²] - E[x]²,
-    which cancels.
+    The reduction over ranks has a gradient. The mean is taken first, then the squares about it: E[x²] - E[x]² would
+    lose digits by cancellation.
     """
     if not norm.training or world_size() == 1:
-        return alone(x)
+        return local_forward(x)
     reduce = torch.distributed.nn.functional.all_reduce
     axes, shape = (0, *range(2, x.dim())), (1, -1, *(1,) * (x.dim() - 2))
     values = x.float()
@@ -223,6 +233,6 @@ def _synchronised(norm: Any, alone: Callable[[Tensor], Tensor], x: Tensor) -> Te
 
 
 def split_batch(size: int, accumulate: int) -> list[slice]:
-    """`size` rows in `accumulate` runs of nearly equal length; none is empty."""
+    """`size` rows as `accumulate` slices of nearly equal length. None is empty, so there may be fewer."""
     cuts = [size * i // accumulate for i in range(accumulate + 1)]
     return [slice(a, b) for a, b in zip(cuts, cuts[1:]) if a < b]

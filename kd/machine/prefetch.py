@@ -10,16 +10,16 @@ T = TypeVar("T")
 
 
 def prefetch(items: Iterator[T], device: torch.device, ahead: int = 2) -> Generator[T, None, None]:
-    """Yield `items` in their order, made up to `ahead` early in one thread.
+    """Yield `items` in their order. One thread makes up to `ahead` of them early.
 
-    An exception of the maker is raised here, in its turn; when the consumer leaves early the thread ends too.
-    On the CPU nothing is made ahead: the step already has every core, and a second thread would only crowd it.
+    An exception in the thread is raised here, in its turn. The thread ends when the consumer leaves early.
+    On the CPU nothing is made ahead: the step already uses every core, and a second thread would only compete with it.
     """
     if device.type == "cpu":
         yield from items
         return
     ready: queue.Queue = queue.Queue(ahead)
-    left = threading.Event()
+    consumer_left = threading.Event()
 
     def work() -> None:
         try:
@@ -31,7 +31,7 @@ def prefetch(items: Iterator[T], device: torch.device, ahead: int = 2) -> Genera
             offer((None, error))
 
     def offer(entry: tuple) -> bool:
-        while not left.is_set():
+        while not consumer_left.is_set():
             try:
                 ready.put(entry, timeout=0.1)
                 return True
@@ -50,5 +50,5 @@ def prefetch(items: Iterator[T], device: torch.device, ahead: int = 2) -> Genera
                 raise error
             yield item
     finally:
-        left.set()
+        consumer_left.set()
         thread.join()
