@@ -1,7 +1,12 @@
-"""Knowledge distillation for computer vision: the leaves that `train.py` calls.
+"""Knowledge distillation for computer vision: the modules that `train.py` calls.
 
-Two exceptions are shared by all of them; `train.py` turns each into one line on stderr and an exit status.
+They share two exceptions. `train.py` turns each into one line on stderr and an exit status.
 """
+
+import errno
+
+# Errors of the system that mean "no room": full disk, used-up quota, file too large, failing disk.
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class BadInput(Exception):
@@ -14,3 +19,9 @@ class TrainingFault(Exception):
     """Training cannot go on, such as a non-finite loss or a full disk; the message says where (exit status 1)."""
 
     status = 1
+
+
+def one_line(error: BaseException) -> str:
+    """The text of another library's error, on one line of at most 200 characters; without text, its type."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:199] + "…"

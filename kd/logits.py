@@ -1,168 +1,176 @@
-"""The teacher's logits, kept by (view, sample) and never computed twice.
+"""The teacher's logits on disk, by (view, sample).
 
-A frozen teacher gives the same logits for the same view, yet a distillation loop asks it again in every epoch: it is
-most of the arithmetic of the step. Here each view of each sample is asked for once; the answer is kept in a file, so
-that the next run with the same teacher, data and views does not ask at all.
+A frozen teacher gives the same logits for the same view of a sample. A distillation loop that asks
+it again in every epoch spends most of its arithmetic on that. So the logits of each view of each
+sample are computed once and stored, and the next run with the same teacher, data and views reads
+all of them.
 
-One file a view holds a float32 row for each sample, and a second one a checksum for each row. A row counts only if its
-checksum matches, so a row that is absent, torn by a crash, or damaged on the disk is simply not known, and is
-computed again. No locks and no order of writes are needed for that, and two runs may fill the same store.
+Each view has two files: a float32 row for each sample, and a checksum for each row. A row is used
+only if its checksum matches. A row that was never written, that a crash tore, or that the disk
+damaged counts as absent and is computed again. So there are no locks and no order of writes, and
+two runs may fill the same store.
 
-A row is the sample's C logits; or, where C is large, the k largest of them, their classes, and one value that stands
-for all the others: such that they have, evenly spread, the very probability at temperature T that they had.
+A row is the sample's C logits. With `topk` = k, it is the k largest logits, their classes, and a
+fill value for the other C − k classes. The fill value keeps their total probability at temperature
+T and spreads it evenly over them.
 """
 
-import errno
 import hashlib
 import json
 import math
-import mmap
 import os
 import zlib
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kd import BadInput, TrainingFault
+from kd import DISK_FULL, BadInput, TrainingFault
+from kd.machine.files import MappedFiles
 
-PENDING = 64 << 20  # bytes of rows that wait for `flush` at the most: what a step adds must not add up
-RESIDENT = 64 << 20  # bytes of the mapped files that a process keeps resident at most
+PENDING = 64 << 20      # bytes of rows that may wait for `flush`
 
 
-def pack(logits: Tensor, keep: int, temperature: float) -> Tensor:
-    """`(B, C)` to rows `(B, 2·keep + 1)` float32: values, classes (int32, as their bits), the value of the others."""
-    values, classes = logits.float().topk(keep, dim=1)
-    rest = logits.float().scatter(1, classes, -math.inf)
-    fill = temperature * (torch.logsumexp(rest / temperature, dim=1) - math.log(logits.shape[1] - keep))
+def pack(logits: Tensor, topk: int, temperature: float) -> Tensor:
+    """Logits `(B, C)` to float32 rows `(B, 2·topk + 1)`: values, classes (bits of int32), fill value."""
+    values, classes = logits.float().topk(topk, dim=1)
+    others = logits.float().scatter(1, classes, -math.inf)
+    # C − k classes with logit `fill` have the probability of `others`: (C − k)·exp(fill/T) = Σ exp(others/T)
+    fill = temperature * (torch.logsumexp(others / temperature, dim=1) - math.log(logits.shape[1] - topk))
     return torch.cat([values, classes.int().view(torch.float32), fill[:, None]], dim=1)
 
 
-def spread(rows: Tensor, classes: int, temperature: float) -> Tensor:
-    """`(B,)`: the probability at T of the classes that have no value of their own in what `pack` made."""
-    keep = rows.shape[1] // 2
-    others = rows[:, -1] / temperature + math.log(classes - keep)
-    return torch.exp(others - torch.logaddexp(others, torch.logsumexp(rows[:, :keep] / temperature, dim=1)))
-
-
 def unpack(rows: Tensor, classes: int) -> Tensor:
-    """What `pack` made, as `(B, classes)` float32 logits."""
-    keep = rows.shape[1] // 2
-    full = rows[:, -1:].repeat(1, classes)
-    return full.scatter_(1, rows[:, keep:2 * keep].contiguous().view(torch.int32).long(), rows[:, :keep])
+    """Rows of `pack` to logits `(B, classes)` float32."""
+    topk = rows.shape[1] // 2
+    logits = rows[:, -1:].repeat(1, classes)
+    return logits.scatter_(1, rows[:, topk:2 * topk].contiguous().view(torch.int32).long(), rows[:, :topk])
+
+
+def outside_probability(rows: Tensor, classes: int, temperature: float) -> Tensor:
+    """Rows of `pack` to `(B,)`: the total probability at T of the classes outside the stored top k."""
+    topk = rows.shape[1] // 2
+    outside = rows[:, -1] / temperature + math.log(classes - topk)
+    return torch.exp(outside - torch.logaddexp(outside, torch.logsumexp(rows[:, :topk] / temperature, dim=1)))
 
 
 class LogitStore:
-    """Teacher logits by (view, sample) under `folder`, for one `key`: all that decides what they are.
+    """The logits of one teacher for one split, in a folder of their own under `folder`."""
 
-    keep: how many of the C logits have their own value, the k above; 0, or C and more: all of them.
-    """
-
-    def __init__(self, folder: Path, key: dict[str, Any], samples: int, classes: int, keep: int = 0,
+    def __init__(self, folder: Path, key: dict[str, Any], samples: int, classes: int, topk: int = 0,
                  temperature: float = 1.0) -> None:
-        self.classes, self.keep, self.temperature = classes, keep if keep < classes else 0, temperature
-        if self.keep:
-            key = {**key, "keep": keep, "temperature": temperature}
+        """key: everything that determines the logits; another key is another store.
+
+        samples, classes: the size of the split, N, and C. topk: how many of the C logits are
+        stored; 0, or C and more: all of them. temperature: the T of the fill value.
+
+        Raises BadInput for a folder that cannot be written, TrainingFault for a full disk.
+        """
+        self.topk = topk if topk < classes else 0
+        self.classes, self.temperature = classes, temperature
+        if self.topk:
+            key = {**key, "topk": topk, "temperature": temperature}
         text = json.dumps(key, sort_keys=True)
         self.folder = folder / hashlib.sha256(text.encode()).hexdigest()[:32]
-        self.shape = (samples, 2 * self.keep + 1 if self.keep else classes)
-        self.teacher_batches = 0  # how often the teacher was really called
-        self.dropped: list[Tensor] = []  # the probability that `keep` spread, of every sample that was used
-        self._views: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self._pending: list[tuple[int, np.ndarray, Tensor]] = []
-        self._waiting = 0  # bytes of these
-        self._mappings: list[mmap.mmap] = []
-        self._touched = 0  # bytes, since the mappings were last trimmed
+        self.shape = (samples, 2 * self.topk + 1 if self.topk else classes)
+        self.teacher_batches = 0    # batches whose logits were computed, not read
+        self.dropped: list[Tensor] = []     # (B,) each: the probability outside the top k, as used
+        self._views: dict[int, tuple[np.ndarray, np.ndarray]] = {}      # rows and checksums
+        self._mapped = MappedFiles()
+        self._pending: list[tuple[int, np.ndarray, Tensor]] = []        # view, samples, rows
+        self._pending_bytes = 0
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "key.json").write_text(text)
         except OSError as error:
-            kind = TrainingFault if error.errno in (errno.ENOSPC, errno.EDQUOT) else BadInput
-            raise kind(f"--cache-dir: cannot write the logit store {self.folder}: {error.strerror}; free some space "
-                       f"or choose another") from error
+            kind = TrainingFault if error.errno in DISK_FULL else BadInput
+            raise kind(f"--cache-dir: cannot write the logit store {self.folder}: {error.strerror}; "
+                       f"free some space or choose another") from error
+
+    def get(self, view: int, samples: np.ndarray) -> Tensor | None:
+        """The stored logits, float32 `(B, C)` on the host; None if the row of any sample is absent."""
+        rows, checksums = self._open(view)
+        for sample in samples:
+            if int(checksums[sample]) != _checksum(view, sample, rows[sample]):
+                return None
+        stored = torch.from_numpy(rows[samples])
+        self._mapped.count(stored.nbytes)
+        return self._to_logits(stored)
+
+    def put(self, view: int, samples: np.ndarray, logits: Tensor) -> Tensor:
+        """Store a batch of the teacher's logits `(B, C)`; returns them float32 as `get` will.
+
+        They stay on their device until `flush` copies many batches at once. `put` itself does not
+        wait for the device, unless more than PENDING bytes have come together. Raises TrainingFault
+        as `flush` does.
+        """
+        self.teacher_batches += 1
+        rows = pack(logits, self.topk, self.temperature) if self.topk else logits.float()
+        self._pending.append((view, samples, rows))
+        self._pending_bytes += rows.nbytes
+        if self._pending_bytes > PENDING:
+            self.flush()
+        return self._to_logits(rows)
+
+    def flush(self) -> None:
+        """Write what `put` collected; called where the loop waits anyway.
+
+        Raises TrainingFault for a full disk.
+        """
+        if not self._pending:
+            return
+        # One copy to the host for all batches, so that the device is waited for only once.
+        content = iter(torch.cat([rows for _, _, rows in self._pending]).cpu().numpy())
+        try:
+            for view, samples, _ in self._pending:
+                self._open(view)
+                rows, checksums = self._paths(view)
+                # Not written through the mapping: on a full disk, that would kill the process (SIGBUS).
+                with open(rows, "r+b") as row_file, open(checksums, "r+b") as checksum_file:
+                    for sample, row in zip(samples.tolist(), content):
+                        if np.isnan(row[:self.topk or self.classes]).any():
+                            continue    # not stored, so that a fault of this run is not repeated
+                        checksum = _checksum(view, sample, row).to_bytes(8, "little")
+                        os.pwrite(row_file.fileno(), row.tobytes(), sample * row.nbytes)
+                        os.pwrite(checksum_file.fileno(), checksum, sample * 8)
+        except OSError as error:
+            raise TrainingFault(f"--cache-dir: cannot write the logit store {self.folder}: {error.strerror}; "
+                                f"free some space, then --resume") from error
+        self._pending.clear()
+        self._pending_bytes = 0
+
+    def dropped_share(self) -> float | None:
+        """The mean probability at T outside the top k, over all logits used; None where all are stored."""
+        if not self.dropped:
+            return None
+        return torch.cat([batch.cpu() for batch in self.dropped]).mean().item()
+
+    def _to_logits(self, rows: Tensor) -> Tensor:
+        if not self.topk:
+            return rows
+        self.dropped.append(outside_probability(rows, self.classes, self.temperature))
+        return unpack(rows, self.classes)
 
     def _paths(self, view: int) -> tuple[Path, Path]:
         return self.folder / f"view-{view}.f32", self.folder / f"view-{view}.sum"
 
     def _open(self, view: int) -> tuple[np.ndarray, np.ndarray]:
+        """The mapped rows, `self.shape` float32, and checksums, `(N,)` uint64, of a view."""
         if view not in self._views:
-            rows, sums = self._paths(view)
-            self._views[view] = (self._map(rows, self.shape, np.float32), self._map(sums, self.shape[:1], np.uint64))
+            rows, checksums = self._paths(view)
+            self._views[view] = (self._map(rows, self.shape, np.float32),
+                                 self._map(checksums, self.shape[:1], np.uint64))
         return self._views[view]
 
     def _map(self, path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:
         with open(path, "a+b") as file:
-            # makes a new file, mends one of another length; new bytes are zeros: not known
+            # Creates the file, or corrects its length. New bytes are zeros, which are no valid checksum.
             file.truncate(int(np.prod(shape)) * np.dtype(dtype).itemsize)
-            self._mappings.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        return np.frombuffer(self._mappings[-1], dtype).reshape(shape)
+            return self._mapped.open(file, shape, dtype)
 
-    @staticmethod
-    def _checksum(view: int, sample: int, row: np.ndarray) -> int:
-        # the place is part of the sum, so a row cannot pass for another's; the top bit tells it from "never written"
-        return zlib.crc32(row.tobytes(), zlib.crc32(f"{view}/{sample}".encode())) | 1 << 32
 
-    def get(self, view: int, samples: np.ndarray) -> Tensor | None:
-        """Logits `(B, C)` float32 on the host, or None unless every row is known and whole."""
-        rows, sums = self._open(view)
-        for sample in samples:
-            if int(sums[sample]) != self._checksum(view, sample, rows[sample]):
-                return None
-        found = torch.from_numpy(rows[samples])
-        self._touched += found.nbytes
-        if self._touched > RESIDENT:
-            for mapping in self._mappings:
-                mapping.madvise(mmap.MADV_DONTNEED)  # unmaps them here; they stay in the kernel's page cache
-            self._touched = 0
-        return self._full(found) if self.keep else found
-
-    def _full(self, rows: Tensor) -> Tensor:
-        self.dropped.append(spread(rows, self.classes, self.temperature))
-        return unpack(rows, self.classes)
-
-    def put(self, view: int, samples: np.ndarray, logits: Tensor) -> Tensor:
-        """Remember what the teacher gave, and return it as `get` will; copied to the host by `flush`, many at once."""
-        rows = logits.float()
-        if self.keep:
-            rows = pack(rows, self.keep, self.temperature)
-        self._pending.append((view, samples, rows))
-        self._waiting += rows.nbytes
-        if self._waiting > PENDING:
-            self.flush()
-        return self._full(rows) if self.keep else rows
-
-    def flush(self) -> None:
-        """Write what `put` remembered; called where the loop waits anyway. Raises TrainingFault: full disk."""
-        if not self._pending:
-            return
-        everything = iter(torch.cat([rows for _, _, rows in self._pending]).cpu().numpy())  # the device waits once
-        try:
-            for view, samples, _ in self._pending:
-                self._open(view)
-                content, sums = self._paths(view)
-                # written, not stored through the mapping, where a full disk would be a SIGBUS
-                with open(content, "r+b", buffering=0) as rows, open(sums, "r+b", buffering=0) as checks:
-                    for sample, row in zip(samples.tolist(), everything):
-                        if np.isnan(row[:self.keep or self.classes]).any():
-                            continue  # a fault of this moment must not be remembered
-                        os.pwrite(rows.fileno(), row.tobytes(), sample * row.nbytes)
-                        os.pwrite(checks.fileno(), self._checksum(view, sample, row).to_bytes(8, "little"), sample * 8)
-        except OSError as error:
-            raise TrainingFault(f"--cache-dir: cannot write the logit store {self.folder}: {error.strerror}; free "
-                                f"some space, then --resume") from error
-        self._pending.clear()
-        self._waiting = 0
-
-    def dropped_share(self) -> float | None:
-        """The mean probability at T of the classes without a value of their own, over all that was used."""
-        return torch.cat([one.cpu() for one in self.dropped]).mean().item() if self.dropped else None
-
-    def logits(self, view: int, samples: np.ndarray, known: Tensor | None,
-               teacher: Callable[[], Tensor]) -> Tensor:
-        """`known` (what `get` said, perhaps moved to the device), or else the live teacher's answer, remembered."""
-        if known is not None:
-            return known
-        self.teacher_batches += 1
-        return self.put(view, samples, teacher())
+def _checksum(view: int, sample: int, row: np.ndarray) -> int:
+    """CRC-32 of a row and its place, so that no row passes for another's; never 0, which means absent."""
+    return zlib.crc32(row.tobytes(), zlib.crc32(f"{view}/{sample}".encode())) | 1 << 32

@@ -1,4 +1,4 @@
-"""The logit store: a row is what the teacher gave, to the bit, or it is not known."""
+"""kd/logits.py: a row is what the teacher gave, to the bit, or it is absent."""
 
 import errno
 import os
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kd import BadInput, TrainingFault, logits
-from kd.logits import LogitStore, pack, spread, unpack
+from kd.logits import LogitStore, outside_probability, pack, unpack
 
 ROWS = torch.randn(20, 5, generator=torch.Generator().manual_seed(0))
 
@@ -25,17 +25,17 @@ def fill(folder: Path, view: int = 0) -> LogitStore:
     return filled
 
 
-def test_a_hit_returns_the_very_bits_also_in_another_order_and_process(tmp_path):
+def test_a_hit_returns_the_same_bits_also_in_another_order_and_another_store(tmp_path):
     fill(tmp_path)
     order = np.random.default_rng(1).permutation(20)
-    found = store(tmp_path).get(0, order)
-    assert found is not None and torch.equal(found, ROWS[order])
+    stored = store(tmp_path).get(0, order)
+    assert stored is not None and torch.equal(stored, ROWS[order])
 
 
-def test_what_was_not_put_is_not_known(tmp_path):
+def test_what_was_not_put_is_absent(tmp_path):
     half = store(tmp_path)
     half.put(0, np.arange(10), ROWS[:10])
-    assert half.get(0, np.arange(3)) is None  # remembered, but nothing is written before flush
+    assert half.get(0, np.arange(3)) is None  # nothing is written before flush
     half.flush()
     assert half.get(0, np.arange(10)) is not None
     assert half.get(0, np.array([9, 10])) is None and half.get(1, np.arange(3)) is None
@@ -47,8 +47,8 @@ def test_what_waits_to_be_written_stays_bounded(tmp_path, monkeypatch):
     filled.put(0, np.arange(7), ROWS[:7])
     assert filled.get(0, np.arange(7)) is None
     filled.put(0, np.arange(7, 9), ROWS[7:9])
-    found = filled.get(0, np.arange(9))
-    assert found is not None and torch.equal(found, ROWS[:9])
+    stored = filled.get(0, np.arange(9))
+    assert stored is not None and torch.equal(stored, ROWS[:9])
     filled.put(0, np.arange(9, 12), ROWS[9:12])
     assert filled.get(0, np.arange(9, 12)) is None
 
@@ -58,21 +58,21 @@ def test_what_was_read_does_not_stay_resident(tmp_path):
     def resident() -> float:
         return int(Path("/proc/self/status").read_text().split("RssFile:")[1].split()[0]) / 1024
 
-    samples, batch = 38_400, 128
-    big = LogitStore(tmp_path, {"teacher": "big"}, samples, 1000)
-    rows = torch.randn(batch, 1000)
+    samples, classes, batch = 3_840, 10_000, 16
+    big = LogitStore(tmp_path, {"teacher": "big"}, samples, classes)
+    rows = torch.randn(batch, classes)
     for start in range(0, samples, batch):
         big.put(0, np.arange(start, start + batch), rows)
     big.flush()
     before = most = resident()
     for start in range(0, samples, batch):
-        found = big.get(0, np.arange(start, start + batch))
-        assert found is not None and torch.equal(found, rows)
+        stored = big.get(0, np.arange(start, start + batch))
+        assert stored is not None and torch.equal(stored, rows)
         most = max(most, resident())
     assert 30 < most - before < 80
 
 
-def test_what_is_not_a_number_is_not_remembered(tmp_path):
+def test_what_is_not_a_number_is_not_stored(tmp_path):
     rows = ROWS.clone()
     rows[3, 2] = float("nan")
     filled = store(tmp_path)
@@ -96,11 +96,11 @@ def test_every_flipped_bit_is_noticed(tmp_path):
             damaged[bit // 8] ^= 1 << bit % 8
             (folder / name).write_bytes(damaged)
             row = bit // 8 // (20 if name.endswith("f32") else 8)
-            again = store(tmp_path)
-            assert again.get(0, np.array([row])) is None
+            reopened = store(tmp_path)
+            assert reopened.get(0, np.array([row])) is None
             others = np.delete(np.arange(20), row)
-            found = again.get(0, others)
-            assert found is not None and torch.equal(found, ROWS[others])
+            stored = reopened.get(0, others)
+            assert stored is not None and torch.equal(stored, ROWS[others])
         (folder / name).write_bytes(whole)
 
 
@@ -112,34 +112,30 @@ def test_a_row_cannot_pass_for_its_neighbour_or_for_another_view(tmp_path):
         content = path.read_bytes()
         (filled.folder / f"view-1.{name}").write_bytes(content)
         path.write_bytes(content[width:2 * width] + content[width:])  # row 1 in the place of row 0
-    again = store(tmp_path)
-    assert again.get(0, np.array([0])) is None and again.get(0, np.array([1])) is not None
-    assert again.get(1, np.array([1])) is None
+    reopened = store(tmp_path)
+    assert reopened.get(0, np.array([0])) is None and reopened.get(0, np.array([1])) is not None
+    assert reopened.get(1, np.array([1])) is None
 
 
 def test_a_truncated_file_loses_its_rows_and_nothing_else(tmp_path):
     path = fill(tmp_path).folder / "view-0.f32"
     path.write_bytes(path.read_bytes()[:10 * 20 + 7])
-    again = store(tmp_path)
-    assert again.get(0, np.arange(10)) is not None and again.get(0, np.array([10])) is None
+    reopened = store(tmp_path)
+    assert reopened.get(0, np.arange(10)) is not None and reopened.get(0, np.array([10])) is None
 
 
-def test_the_teacher_is_asked_only_for_what_is_not_known(tmp_path):
-    first, calls = store(tmp_path), []
-
-    def ask(samples: np.ndarray) -> torch.Tensor:
-        calls.append(len(samples))
-        return ROWS[samples]
-
+def test_batches_that_are_computed_are_counted_and_other_batches_of_the_same_samples_are_read(tmp_path):
+    first = store(tmp_path)
     for batch in np.split(np.random.default_rng(3).permutation(20), [8, 16]):
-        first.logits(0, batch, first.get(0, batch), lambda: ask(batch))
+        assert first.get(0, batch) is None
+        assert torch.equal(first.put(0, batch, ROWS[batch]), ROWS[batch])
     first.flush()
-    assert calls == [8, 8, 4] and first.teacher_batches == 3
+    assert first.teacher_batches == 3
     second = store(tmp_path)
     for batch in np.split(np.arange(20), [5, 10, 15]):
-        answer = second.logits(0, batch, second.get(0, batch), lambda: ask(batch))
-        assert torch.equal(answer, ROWS[batch])
-    assert len(calls) == 3 and second.teacher_batches == 0
+        stored = second.get(0, batch)
+        assert stored is not None and torch.equal(stored, ROWS[batch])
+    assert second.teacher_batches == 0
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
@@ -149,31 +145,31 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 5.0])
-def test_the_largest_logits_keep_their_probability_and_the_others_share_theirs(temperature):
+def test_the_top_k_keep_their_probability_and_the_others_share_the_rest_evenly(temperature):
     logits = torch.randn(6, 40, generator=torch.Generator().manual_seed(4), dtype=torch.float64) * 4
     rows = pack(logits, 7, temperature)
-    dropped = spread(rows, 40, temperature)
+    outside = outside_probability(rows, 40, temperature)
     assert rows.shape == (6, 15) and rows.dtype == torch.float32
-    full, kept = unpack(rows, 40), logits.topk(7).indices
-    exact, ours = (z.double().div(temperature).softmax(1) for z in (logits, full))
-    assert torch.allclose(ours.gather(1, kept), exact.gather(1, kept), rtol=1e-5)
-    assert torch.allclose(dropped.double(), 1 - exact.gather(1, kept).sum(1), rtol=1e-4)
-    assert torch.allclose(full.gather(1, kept), logits.gather(1, kept).float())
-    others = ours.scatter(1, kept, 0)
-    assert torch.allclose(others.sum(1), dropped.double(), rtol=1e-4)
-    assert torch.allclose(others.max(1).values, dropped.double() / 33, rtol=1e-4)
+    full, top = unpack(rows, 40), logits.topk(7).indices
+    exact, approximate = (z.double().div(temperature).softmax(1) for z in (logits, full))
+    assert torch.allclose(approximate.gather(1, top), exact.gather(1, top), rtol=1e-5)
+    assert torch.allclose(outside.double(), 1 - exact.gather(1, top).sum(1), rtol=1e-4)
+    assert torch.allclose(full.gather(1, top), logits.gather(1, top).float())
+    others = approximate.scatter(1, top, 0)
+    assert torch.allclose(others.sum(1), outside.double(), rtol=1e-4)
+    assert torch.allclose(others.max(1).values, outside.double() / 33, rtol=1e-4)
 
 
-def test_a_store_of_the_largest_gives_the_same_live_and_later(tmp_path):
-    first = LogitStore(tmp_path, {}, 20, 5, keep=2, temperature=5.0)
-    live = first.logits(0, np.arange(20), None, lambda: ROWS)
+def test_a_store_of_the_top_k_gives_the_same_when_computed_and_when_read(tmp_path):
+    first = LogitStore(tmp_path, {}, 20, 5, topk=2, temperature=5.0)
+    computed = first.put(0, np.arange(20), ROWS)
     first.flush()
-    again = LogitStore(tmp_path, {}, 20, 5, keep=2, temperature=5.0)
-    found = again.get(0, np.arange(20))
-    assert found is not None and torch.equal(found, live) and not torch.equal(live, ROWS)
-    assert again.dropped_share() == first.dropped_share() and 0 < again.dropped_share() < 1  # type: ignore[operator]
-    assert LogitStore(tmp_path, {}, 20, 5, keep=2, temperature=1.0).get(0, np.arange(20)) is None
-    assert LogitStore(tmp_path, {}, 20, 5, keep=3, temperature=5.0).get(0, np.arange(20)) is None
+    second = LogitStore(tmp_path, {}, 20, 5, topk=2, temperature=5.0)
+    stored = second.get(0, np.arange(20))
+    assert stored is not None and torch.equal(stored, computed) and not torch.equal(computed, ROWS)
+    assert second.dropped_share() == first.dropped_share() and 0 < second.dropped_share() < 1  # type: ignore[operator]
+    assert LogitStore(tmp_path, {}, 20, 5, topk=2, temperature=1.0).get(0, np.arange(20)) is None
+    assert LogitStore(tmp_path, {}, 20, 5, topk=3, temperature=5.0).get(0, np.arange(20)) is None
     assert (first.folder / "view-0.f32").stat().st_size == 20 * 5 * 4
 
 
@@ -191,6 +187,6 @@ def test_a_full_disk_is_one_line_and_what_was_written_stays_right(tmp_path, monk
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(TrainingFault, match="--cache-dir: cannot write the logit store .* No space left"):
         filling.flush()
-    again = store(tmp_path)
-    found = again.get(0, np.arange(7))
-    assert found is not None and torch.equal(found, ROWS[:7]) and again.get(0, np.array([7])) is None
+    reopened = store(tmp_path)
+    stored = reopened.get(0, np.arange(7))
+    assert stored is not None and torch.equal(stored, ROWS[:7]) and reopened.get(0, np.array([7])) is None

@@ -1,1 +1,1 @@
-"""Where samples come from, and how they become frames of pixels."""
+"""Datasets: where samples come from, and how their pictures become frames of pixels."""

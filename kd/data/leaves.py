@@ -1,18 +1,20 @@
-"""The built-in data set: bean leaves drawn with Pillow, so that everything runs without a network.
+"""Nobody needs to read this file: it draws the built-in dataset, bean leaves, so that the demo needs no network.
 
-Three classes, named as in the beans photographs (AI-Lab-Makerere/beans), with what a grower tells them by:
+There are three classes, named as in the beans photographs (AI-Lab-Makerere/beans). A grower tells
+them by:
 
 - angular_leaf_spot: few grey-brown polygons bounded by the veins, in a yellow halo;
 - bean_rust: many small round reddish pustules, in a yellow halo;
 - healthy: neither.
 
 Everything else is drawn from one distribution for all three: the leaf's shape, pose, number, veins,
-yellowing, dried tip, holes, soil specks, drops and mines; hands, background, light and camera. So the label
-is in the *shape* of the marks, and not in how much brown, yellow or detail there is.
+yellowing, dried tip, holes, soil specks, drops and mines; hands, background, light and camera. So
+the label is in the *shape* of the marks, and not in how much brown, yellow or detail there is.
 
-A picture is a pure function of (seed, split, index): its random numbers come from a Philox counter keyed by
-them (Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3"), so any worker may draw any picture
-in any order. Lengths are fractions of the side, or of the leaf: `side` sets the resolution, not the scene.
+A picture is a pure function of (seed, split, index). Its random numbers come from a Philox counter
+keyed by them (Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3"), so any worker
+may draw any picture in any order. Lengths are fractions of the side or of the leaf: `side` sets the
+resolution, and the scene stays the same.
 """
 
 from typing import NamedTuple
@@ -36,8 +38,9 @@ SKINS = np.array([(.42, .27, .20), (.55, .36, .27), (.33, .21, .17), (.70, .50, 
 def draw(split: str, index: int, seed: int = 0, side: int = 256) -> tuple[Image.Image, int]:
     """Draw one picture: RGB, `side` × `side` pixels, and its label, a position in CLASSES (index modulo 3).
 
-    The same bytes come out whatever was drawn before, under one version of NumPy and Pillow.
-    Raises ValueError for an unknown split or a side below 16, IndexError for an index outside of the split.
+    The same bytes come out whatever was drawn before, under one version of NumPy and Pillow. Raises
+    ValueError for an unknown split or a side below 16, IndexError for an index outside of the
+    split.
     """
     if split not in SIZES:
         raise ValueError(f"unknown split {split!r}; choose one of {', '.join(SIZES)}")
@@ -64,8 +67,8 @@ def draw(split: str, index: int, seed: int = 0, side: int = 256) -> tuple[Image.
         stem = leaf.base - leaf.axis * rng.uniform(.15, .5) + rng.normal(size=2) * .1 * leaf.length
         _capsule(canvas, stem, leaf.base, .012 * side, .009 * side, colour * (.95, 1.0, .8), light)
     for number, leaf in enumerate(leaves):
-        own = severity if number == 0 else severity * rng.uniform(.5, 1.2)
-        _paint_leaf(rng, canvas, leaf, colour * rng.uniform(.9, 1.1), light, label, own)
+        leaf_severity = severity if number == 0 else severity * rng.uniform(.5, 1.2)
+        _paint_leaf(rng, canvas, leaf, colour * rng.uniform(.9, 1.1), light, label, leaf_severity)
     if hand:
         _thumb(rng, canvas, leaves[0], light, skin)
     if rng.random() < .25:
@@ -74,7 +77,7 @@ def draw(split: str, index: int, seed: int = 0, side: int = 256) -> tuple[Image.
 
 
 class Leaf(NamedTuple):
-    """A leaflet. Its own coordinates, in leaf lengths: y from 0 at the base to 1 at the tip, x across."""
+    """A leaflet. Its coordinates x, y are in leaf lengths: y from 0 at the base to 1 at the tip, x across."""
 
     base: Array  # pixels
     axis: Array  # pixels; base to tip
@@ -154,9 +157,9 @@ def _subject(rng: Rng, side: int) -> list[Leaf]:
     joint = centre - back * length * _heading(angle)
     leaves = []
     for turn in turns:
-        own = angle + turn + (rng.normal() * .2 if len(turns) > 1 else 0)
-        base = joint + rng.uniform(.03, .12) * length * _heading(own) * (len(turns) > 1)
-        leaves.append(_random_leaf(rng, base, own, length * rng.uniform(.85, 1.1), width))
+        heading = angle + turn + (rng.normal() * .2 if len(turns) > 1 else 0)
+        base = joint + rng.uniform(.03, .12) * length * _heading(heading) * (len(turns) > 1)
+        leaves.append(_random_leaf(rng, base, heading, length * rng.uniform(.85, 1.1), width))
     return leaves
 
 
@@ -320,10 +323,10 @@ def _weight(mask: Image.Image) -> Array:
     return np.asarray(mask, np.float32) * np.float32(1 / 255)
 
 
-def _inside(rng: Rng, leaf: Leaf, count: int, spread: float) -> tuple[Array, Array]:
+def _inside(rng: Rng, leaf: Leaf, count: int, deviation: float) -> tuple[Array, Array]:
     """`count` points x, y on the blade, in leaf lengths, about four centres."""
     centre = rng.integers(0, 4, count)
-    y = np.clip(rng.uniform(.08, .9, 4)[centre] + rng.normal(size=count) * spread, .05, .95)
+    y = np.clip(rng.uniform(.08, .9, 4)[centre] + rng.normal(size=count) * deviation, .05, .95)
     right = rng.random(count) < np.array([.2, .5, .8, .5])[centre]
     reach = rng.uniform(.04, .93, count) * leaf.half_width(y, right)
     return np.where(right, reach, -reach), y
@@ -335,7 +338,7 @@ def _angular_spots(rng: Rng, blade: Array, leaf: Leaf, low: Array, severity: flo
     cells = rng.integers(1, 5, count)  # that have run together in each lesion
     lesion = np.repeat(np.arange(count), cells)
     count = len(lesion)
-    x, y = (at[lesion] for at in _inside(rng, leaf, len(cells), .15))
+    x, y = (coordinate[lesion] for coordinate in _inside(rng, leaf, len(cells), .15))
     size = rng.uniform(.8, 1.6, len(cells))[lesion]
     cell = np.floor(leaf.vein_number(x, y))
     height = np.minimum(rng.uniform(.25, .7, count) * size, .92)
@@ -375,16 +378,16 @@ def _litter(rng: Rng, blade: Array, leaf: Leaf, low: Array) -> None:
     """What lies on a leaf of any class: a splash of soil, drops, a leaf miner's trail."""
     if rng.random() < .4:
         count = int(rng.integers(3, 16))
-        at = leaf.to_pixels(*_inside(rng, leaf, 1, 0)) + rng.normal(size=(count, 2)) * .06 * leaf.length
-        specks = _blobs(rng, at, leaf.length * rng.uniform(.003, .014, count), 6, .5)
+        centres = leaf.to_pixels(*_inside(rng, leaf, 1, 0)) + rng.normal(size=(count, 2)) * .06 * leaf.length
+        specks = _blobs(rng, centres, leaf.length * rng.uniform(.003, .014, count), 6, .5)
         soil = SOILS[rng.integers(len(SOILS))] * rng.uniform(.6, 1)
         _mix(blade, soil, _weight(_marks(specks, blade, low)) * .9)
     if rng.random() < .25:
         count = int(rng.integers(3, 14))
-        at = leaf.to_pixels(*_inside(rng, leaf, count, .3))
+        centres = leaf.to_pixels(*_inside(rng, leaf, count, .3))
         radii = leaf.length * rng.uniform(.008, .028, count)
-        drops = _blobs(rng, at, radii, 12, .08)
-        glints = _blobs(rng, at - .3 * radii[:, None], radii * .4, 8, .1)
+        drops = _blobs(rng, centres, radii, 12, .08)
+        glints = _blobs(rng, centres - .3 * radii[:, None], radii * .4, 8, .1)
         blade *= 1 - .25 * _weight(_marks(drops, blade, low))
         blade += .5 * _weight(_marks(glints, blade, low))
     if rng.random() < .2:

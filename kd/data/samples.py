@@ -1,7 +1,7 @@
-"""What a sample is, and the sources that need no library: the built-in leaves and folders of pictures.
+"""What a sample and a dataset are, and folders of pictures.
 
-A source gives one `Samples` per split that it has; `kd/data/sources.py` checks them and carves what is missing.
-Pictures stay encoded: `kd/data/frames.py` decodes them.
+Pictures stay encoded here. `kd/data/sources.py` opens a dataset by its name, `kd/data/splits.py`
+checks its labels and adds missing splits, and `kd/data/frames.py` decodes the pictures.
 """
 
 import hashlib
@@ -15,7 +15,6 @@ import numpy as np
 from PIL import Image
 
 from kd import BadInput
-from kd.data import leaves
 
 SPLITS = {"train": ("train",), "validation": ("validation", "val", "valid", "dev"), "test": ("test",)}
 JUNK = ("Thumbs.db", "desktop.ini")
@@ -23,13 +22,13 @@ JUNK = ("Thumbs.db", "desktop.ini")
 
 @dataclass(frozen=True)
 class Samples:
-    """One split: the labels, and how to get each picture. Reading from several threads is safe."""
+    """One split: the labels, and how to get each picture. Several threads may read at once."""
 
-    labels: np.ndarray  # (N,) int64
-    read: Callable[[int], bytes | Image.Image]  # encoded bytes, or an RGB picture that never was encoded
-    where: Callable[[int], str]  # the sample's name, for messages
-    place: str  # where the split lies: stays the same when its content changes
-    identity: str  # changes with the content and its order
+    labels: np.ndarray                              # (N,) int64; -1: no label
+    read: Callable[[int], bytes | Image.Image]      # encoded bytes, or an RGB picture that was never encoded
+    name_of: Callable[[int], str]                   # for messages: a sample's path, or its row in a table
+    location: str                                   # of the split; stays the same when its content changes
+    fingerprint: str                                # changes with the content and its order
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -39,64 +38,62 @@ class Samples:
 class Dataset:
     name: str
     classes: tuple[str, ...]
-    splits: dict[str, Samples]  # by the keys of SPLITS
+    splits: dict[str, Samples]      # by the keys of SPLITS
 
 
-def by_split(name: str, found: dict[str, Any]) -> dict[str, Any]:
-    """Rename val, valid and dev to validation, and leave other splits out."""
-    splits = {}
-    for split, names in SPLITS.items():
-        present = [other for other in names if other in found]
+def rename_splits(name: str, splits: dict[str, Any]) -> dict[str, Any]:
+    """Rename val, valid and dev to validation, and drop all other splits.
+
+    Raises BadInput, which names the dataset, for two splits that mean the same and where train is
+    absent.
+    """
+    renamed = {}
+    for split, aliases in SPLITS.items():
+        present = [alias for alias in aliases if alias in splits]
         if len(present) > 1:
             raise BadInput(f"--dataset {name} has both {present[0]} and {present[1]}; keep one of them")
         if present:
-            splits[split] = found[present[0]]
-    if "train" not in splits:
-        raise BadInput(f"--dataset {name} has no train split (found: {', '.join(found) or 'nothing'})")
-    return splits
+            renamed[split] = splits[present[0]]
+    if "train" not in renamed:
+        raise BadInput(f"--dataset {name} has no train split (found: {', '.join(splits) or 'nothing'})")
+    return renamed
 
 
-def built_in() -> Dataset:
-    """The drawing's own seed stays 0 whatever the run's: the leaves are one data set."""
-    drawn_by = hashlib.sha256(Path(leaves.__file__).read_bytes()).hexdigest()
-
-    def split(name: str, size: int) -> Samples:
-        return Samples(np.arange(size) % len(leaves.CLASSES), lambda index: leaves.draw(name, index)[0],
-                       lambda index: f"leaves {name} {index}", f"leaves {name}", drawn_by)
-
-    return Dataset("leaves", leaves.CLASSES, {name: split(name, size) for name, size in leaves.SIZES.items()})
-
+# Folders of pictures
 
 def is_image_folder(root: Path) -> bool:
-    return (root / "train").is_dir() and any(path.is_dir() for path in _listing(root / "train"))
+    return (root / "train").is_dir() and any(path.is_dir() for path in _visible(root / "train"))
 
 
-def image_folder(root: Path) -> Dataset:
-    """SPLIT/CLASS/**: every visible file is a sample, whatever its name ends in. Raises BadInput."""
+def open_image_folder(root: Path) -> Dataset:
+    """Open SPLIT/CLASS/**, where every visible file is a sample, whatever its extension. Raises BadInput."""
     inside = os.path.realpath(root)
-    found = {}
-    for split, folder in by_split(str(root), {path.name: path for path in _listing(root)}).items():
+    files: dict[str, dict[str, list[Path]]] = {}    # by split, then by class
+    for split, folder in rename_splits(str(root), {path.name: path for path in _visible(root)}).items():
         stay_inside(inside, folder)
-        found[split] = {path.name: list(_files(inside, path)) for path in _listing(folder) if path.is_dir()}
-    if empty := [name for name, files in found["train"].items() if not files]:
+        files[split] = {path.name: list(_files(inside, path)) for path in _visible(folder) if path.is_dir()}
+    if empty := [name for name, paths in files["train"].items() if not paths]:
         raise BadInput(f"--dataset {root}: no images in {root / 'train' / empty[0]}; add some, or remove it")
-    classes = list(found["train"])
-    classes += sorted(set().union(*found.values()) - set(classes))  # to be refused
+
+    # Classes that only other splits have get a number as well, so that kd/data/splits.py can name them.
+    classes = list(files["train"])
+    classes += sorted(set().union(*files.values()) - set(classes))
     splits = {}
-    for split, per_class in found.items():
-        labels = [classes.index(name) for name, files in per_class.items() for _ in files]
-        paths = [path for files in per_class.values() for path in files]
-        if paths:
-            splits[split] = _samples_from_files(inside, split, paths, np.array(labels, np.int64))
+    for split, by_class in files.items():
+        labels = [classes.index(name) for name, paths in by_class.items() for _ in paths]
+        split_files = [path for paths in by_class.values() for path in paths]
+        if split_files:
+            splits[split] = _samples_from_files(inside, split, split_files, np.array(labels, np.int64))
     return Dataset(root.resolve().name, tuple(classes), splits)
 
 
 def _samples_from_files(root: str, split: str, files: list[Path], labels: np.ndarray) -> Samples:
     return Samples(labels, lambda index: files[index].read_bytes(), lambda index: str(files[index]),
-                   f"{root} {split}", files_identity(root, files))
+                   f"{root} {split}", files_fingerprint(root, files))
 
 
-def files_identity(root: str, files: list[Path]) -> str:
+def files_fingerprint(root: str, files: list[Path]) -> str:
+    """A hash of the files' paths below `root`, sizes and times of modification."""
     sha = hashlib.sha256()
     for path in files:
         status = path.stat()
@@ -105,17 +102,18 @@ def files_identity(root: str, files: list[Path]) -> str:
     return sha.hexdigest()
 
 
-def _listing(folder: Path) -> list[Path]:
+def _visible(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.name[0] != "." and path.name not in JUNK)
 
 
 def _files(root: str, folder: Path) -> Iterator[Path]:
+    """All visible files in `folder` and below, each checked to lie inside of `root`."""
     stay_inside(root, folder)
-    for path in _listing(folder):
+    for path in _visible(folder):
         stay_inside(root, path)
         if path.is_file():
             yield path
-        elif path.is_dir() and not path.is_symlink():  # a link to a folder might run in a circle
+        elif path.is_dir() and not path.is_symlink():   # a link to a folder could lead in a circle
             yield from _files(root, path)
         else:
             raise BadInput(f"{path} is neither a file nor a folder; remove it")

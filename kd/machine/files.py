@@ -1,15 +1,18 @@
-"""Files that are either whole or absent."""
+"""Files: written whole or not at all, and mapped into memory without filling it."""
 
 import errno
+import mmap
 import os
 import shutil
+from io import BufferedIOBase
 from pathlib import Path
 
-from kd import TrainingFault
+import numpy as np
+
+from kd import DISK_FULL, TrainingFault
 from kd.machine import distributed
 
-# what the system says when there is no room: a full disk, a used-up quota, a file too large, a disk that fails
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+RESIDENT = 64 << 20     # bytes of mapped files that may stay in a process's memory
 
 
 def sync_folder(folder: Path) -> None:
@@ -22,10 +25,13 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_atomic(path: Path, content: bytes, keep_previous: bool = False) -> None:
-    """Replace `path` by `content` so that a reader, or a crash at any moment, meets the old file or the new one.
+    """Replace `path` by `content`; a reader, or a crash, meets either the old file or the new one.
 
-    Raises TrainingFault where the disk is full or not writable; the old file is then untouched and no other is left.
-    Of several ranks only the first writes.
+    keep_previous: the old file stays as `NAME.previous`, and the new one is read back before it
+    takes its place.
+
+    Raises TrainingFault where the disk is full or not writable. The old file is then untouched, and
+    no temporary file is left. Of several ranks only the first writes.
     """
     if distributed.rank():
         return
@@ -35,20 +41,53 @@ def write_atomic(path: Path, content: bytes, keep_previous: bool = False) -> Non
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        if keep_previous and temporary.read_bytes() != content:  # before the one that it replaces is let go
-            raise OSError(errno.EIO, "the disk gives back something else than was written")
-        if keep_previous and path.exists():
-            previous = path.with_name(path.name + ".previous")
-            previous.unlink(missing_ok=True)
-            try:
-                os.link(path, previous)  # a second name, so that `path` itself is never absent
-            except OSError as error:
-                if error.errno in DISK_FULL:
-                    raise
-                shutil.copyfile(path, previous)  # a file system without hard links
+
+        if keep_previous:
+            if temporary.read_bytes() != content:
+                raise OSError(errno.EIO, "the disk gives back something else than was written")
+            if path.exists():
+                _keep_as_previous(path)
+
         os.replace(temporary, path)
-        sync_folder(path.parent)  # the rename is durable only once the folder is
+        sync_folder(path.parent)    # only then does the rename survive a power failure
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise TrainingFault(f"cannot write {path}: {error.strerror or error}; free some space or give another --out, "
                             f"then --resume") from error
+
+
+def _keep_as_previous(path: Path) -> None:
+    """Give the file at `path` a second name, `NAME.previous`, so that `path` itself is never absent."""
+    previous = path.with_name(path.name + ".previous")
+    previous.unlink(missing_ok=True)
+    try:
+        os.link(path, previous)
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise
+        shutil.copyfile(path, previous)     # the file system has no hard links
+
+
+class MappedFiles:
+    """Files mapped read-only into memory, of which a process keeps at most about 64 MB resident.
+
+    Otherwise every page that it has read counts as its memory, and a limit on that may end it.
+    """
+
+    def __init__(self) -> None:
+        self._mappings: list[mmap.mmap] = []
+        self._read = 0      # bytes since the mappings were last released
+
+    def open(self, file: BufferedIOBase, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+        """The beginning of an open file as a read-only array. The file may be closed afterwards."""
+        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._mappings.append(mapping)
+        return np.frombuffer(mapping, dtype, count=int(np.prod(shape))).reshape(shape)
+
+    def count(self, nbytes: int) -> None:
+        """To be called after every read of an array, with its size."""
+        self._read += nbytes
+        if self._read > RESIDENT:
+            for mapping in self._mappings:
+                mapping.madvise(mmap.MADV_DONTNEED)     # the pages stay in the kernel's page cache
+            self._read = 0

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub's two questions that need care: is it there, and where does a finished folder go."""
+"""The Hugging Face Hub: whether it can be reached, and the upload of a finished folder."""
 
 import os
 import re
@@ -12,16 +12,18 @@ from typing import Any, Callable
 import huggingface_hub
 from huggingface_hub import constants, utils
 
-from kd import BadInput
+from kd import BadInput, one_line
 
-PATIENCE = 600.0  # seconds for an upload: the client itself would wait for a silent server for ever
+CONNECT_SECONDS = 8.0       # for the Hub to answer at all
+UPLOAD_SECONDS = 600.0      # for an upload; the client itself waits for a silent server for ever
 
 
-def reachable(timeout: float = 8.0) -> bool:
+def reachable(timeout: float = CONNECT_SECONDS) -> bool:
     """Whether the Hub (or `HF_ENDPOINT`) answers within `timeout` seconds.
 
-    Asked once, before any download: the client itself retries an unreachable Hub for most of a minute. Where the
-    answer is no, the client is switched to offline mode, so that what is already in its cache still loads.
+    To be called before a download, because the client retries an unreachable Hub for most of a
+    minute. If there is no answer, the client is switched to its offline mode, in which it still
+    loads what is in its cache.
     """
     if constants.HF_HUB_OFFLINE:
         return False
@@ -35,28 +37,28 @@ def reachable(timeout: float = 8.0) -> bool:
 def _answers(timeout: float) -> bool:
     answered = threading.Event()
 
-    def ask() -> None:
+    def request() -> None:
         try:
-            request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
-            urllib.request.urlopen(request, timeout=timeout).close()
+            head = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+            urllib.request.urlopen(head, timeout=timeout).close()
             answered.set()
         except urllib.error.HTTPError:
-            answered.set()  # it answered, if only to say no
+            answered.set()      # an error status is an answer too
         except (OSError, ValueError):
             pass
 
-    # in a thread, because the look-up of a name does not heed the timeout
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(timeout)
+    # In a thread, because looking up the host's name ignores the timeout.
+    thread = threading.Thread(target=request, daemon=True)
+    thread.start()
+    thread.join(timeout)
     return answered.is_set()
 
 
 def check(repo: str) -> None:
-    """Raise BadInput for a `--push-to-hub` that names no repository: ask early, not after hours of training."""
+    """Raise BadInput where `--push-to-hub` names no repository; called before training starts."""
     if not repo:
         return
-    if re.search(r"hf_\w{20}", repo):  # it would be written to config.json; so it is not repeated here either
+    if re.search(r"hf_\w{20}", repo):   # the message does not repeat the token, and config.json must not hold it
         raise BadInput("--push-to-hub: that is an access token; give the repository, such as someone/student, and the "
                        "token to `hf auth login` or in HF_TOKEN")
     try:
@@ -67,35 +69,36 @@ def check(repo: str) -> None:
 
 def push_folder(folder: str, repo: str, message: str, private: bool = False,
                 stopped: Callable[[], Any] = lambda: False) -> str:
-    """Upload a saved folder to the Hub's `repo` (made if need be); returns one line that says how it went.
+    """Upload a saved folder to the Hub's `repo`, which is created if absent; returns one line about it.
 
-    An upload that fails must never harm the run whose result it carries, so every failure becomes that line, and so
-    does an upload that has not ended after PATIENCE seconds, or when `stopped` says so.
+    A failed upload must not harm the run whose result it carries. So nothing is raised: every
+    failure becomes that line. The upload is given up after UPLOAD_SECONDS, or as soon as `stopped`
+    returns something true.
     """
-    if constants.HF_HUB_OFFLINE or not _answers(8.0):
+    if constants.HF_HUB_OFFLINE or not _answers(CONNECT_SECONDS):
         return f"not pushed: the Hub at {constants.ENDPOINT} cannot be reached; {folder} is complete"
-    said = [f"not pushed: the Hub did not take it within {PATIENCE:.0f} s; {folder} is complete"]
+    outcome = f"not pushed: the Hub did not take it within {UPLOAD_SECONDS:.0f} s; {folder} is complete"
 
     def upload() -> None:
+        nonlocal outcome
         try:
             if not sys.stderr.isatty():
                 utils.disable_progress_bars()
             api = huggingface_hub.HfApi()
             repo_id = api.create_repo(repo, exist_ok=True, private=private or None).repo_id
             api.upload_folder(folder_path=folder, repo_id=repo_id, commit_message=message)
-            said.append(f"pushed {folder} to {constants.ENDPOINT}/{repo_id}")
-        except Exception as error:  # the client, its HTTP library and its storage library each raise their own kinds
+            outcome = f"pushed {folder} to {constants.ENDPOINT}/{repo_id}"
+        except Exception as error:  # the client, its HTTP library and its storage library raise exceptions of their own
             if huggingface_hub.get_token() is None:
-                said.append(f"not pushed: no login; run `hf auth login` or set HF_TOKEN, then push {folder}")
+                outcome = f"not pushed: no login; run `hf auth login` or set HF_TOKEN, then push {folder}"
             else:
-                text = " ".join(str(error).split()) or type(error).__name__
-                said.append(f"not pushed: {text if len(text) <= 200 else text[:199] + '…'}; {folder} is complete")
+                outcome = f"not pushed: {one_line(error)}; {folder} is complete"
 
-    uploading = threading.Thread(target=upload, daemon=True)
-    uploading.start()
-    until = time.monotonic() + PATIENCE
-    while uploading.is_alive() and time.monotonic() < until:
-        uploading.join(0.2)
+    thread = threading.Thread(target=upload, daemon=True)
+    thread.start()
+    deadline = time.monotonic() + UPLOAD_SECONDS
+    while thread.is_alive() and time.monotonic() < deadline:
+        thread.join(0.2)
         if stopped():
-            return f"not pushed: stopped before it was; {folder} is complete"
-    return said[-1]
+            return f"not pushed: the run was stopped during the upload; {folder} is complete"
+    return outcome

@@ -176,7 +176,7 @@ def test_too_many_pixels_are_refused_before_decoding():
         import io, resource, struct, zlib
         from PIL import Image
         from kd import BadInput
-        from kd.pictures import open_picture
+        from kd.data.decoding import open_picture
         def chunk(kind, data):
             return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
         header = chunk(b"IHDR", struct.pack(">IIBBBBB", 20000, 10000, 8, 2, 0, 0, 0))

@@ -19,8 +19,9 @@ from PIL import Image
 
 from kd import BadInput
 from kd.data import leaves
+from kd.data.samples import SPLITS, Dataset, Samples
 from kd.data.sources import open_dataset
-from kd.data.samples import SPLITS
+from kd.data.splits import with_three_splits
 from tests.helpers import standin_hub
 
 datasets = pytest.importorskip("datasets")
@@ -93,11 +94,12 @@ def test_leaves_are_one_data_set_whatever_the_seed():
                 picture, label = leaves.draw(split, index)
                 assert samples.labels[index] == label and samples.read(index).tobytes() == picture.tobytes()
     splits = found.splits.values()
-    assert len({samples.place for samples in splits}) == 3
+    assert len({samples.location for samples in splits}) == 3
 
 
 def test_leaves_need_no_datasets_library():
-    code = "import sys; sys.modules['datasets'] = None\nfrom kd.data import open_dataset; open_dataset('leaves')"
+    code = ("import sys; sys.modules['datasets'] = None\n"
+            "from kd.data.sources import open_dataset; open_dataset('leaves')")
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
     code = code.replace("'leaves'", "'beans'")
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
@@ -119,7 +121,7 @@ def test_image_folder(tmp_path, validation):
         "train": [0] * 6 + [1] * 4, "validation": [0, 1, 1], "test": [0, 0, 1]}
     train = found.splits["train"]
     assert train.labels.dtype == np.int64
-    assert train.where(6) == str(root / "train" / "b" / "00.jpg")
+    assert train.name_of(6) == str(root / "train" / "b" / "00.jpg")
     assert train.read(6) == (root / "train" / "b" / "00.jpg").read_bytes()
 
 
@@ -130,15 +132,15 @@ def test_files_of_any_name_and_depth_are_samples(tmp_path):
     assert len(open_quietly(root).splits["train"]) == 11
 
 
-def test_identity_changes_with_the_content_and_place_does_not(tmp_path):
+def test_fingerprint_changes_with_the_content_and_location_does_not(tmp_path):
     root = image_folder(tmp_path, **FULL)
     first, again = open_quietly(root).splits["train"], open_quietly(root).splits["train"]
-    assert (first.identity, first.place) == (again.identity, again.place)
+    assert (first.fingerprint, first.location) == (again.fingerprint, again.location)
     path = root / "train" / "a" / "03.jpg"
     status = path.stat()
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
     changed = open_quietly(root).splits["train"]
-    assert changed.identity != first.identity and changed.place == first.place
+    assert changed.fingerprint != first.fingerprint and changed.location == first.location
 
 
 def test_folders_that_cannot_be_used(tmp_path):
@@ -190,14 +192,14 @@ def carved(root: Path, seed: int = 0) -> tuple[dict, list[str]]:
 def test_missing_splits_are_carved_from_train_and_said(tmp_path):
     root = image_folder(tmp_path, train={"a": 40, "b": 20})
     splits, said = carved(root)
-    names = {split: [samples.where(index) for index in range(len(samples))] for split, samples in splits.items()}
+    names = {split: [samples.name_of(index) for index in range(len(samples))] for split, samples in splits.items()}
     assert sum(map(len, names.values())) == 60 == len(set().union(*names.values()))
     assert {split: sorted(Counter(samples.labels.tolist()).values()) for split, samples in splits.items()} == {
         "train": [16, 32], "validation": [2, 4], "test": [2, 4]}
     for samples in splits.values():
         for index in range(len(samples)):
-            assert Path(samples.where(index)).parent.name == "ab"[samples.labels[index]]
-            assert samples.read(index) == Path(samples.where(index)).read_bytes()
+            assert Path(samples.name_of(index)).parent.name == "ab"[samples.labels[index]]
+            assert samples.read(index) == Path(samples.name_of(index)).read_bytes()
     assert len(said) == 2 and "no test split; 6 images carved from train" in said[0]
     assert "no validation split; 6 images" in said[1]
 
@@ -207,7 +209,7 @@ def test_carving_is_seeded(tmp_path):
 
     def held_out(seed):
         samples = carved(root, seed)[0]["validation"]
-        return [samples.where(index) for index in range(len(samples))], samples.identity, samples.place
+        return [samples.name_of(index) for index in range(len(samples))], samples.fingerprint, samples.location
 
     assert held_out(3) == held_out(3)
     assert all(first != second for first, second in zip(held_out(3), held_out(4)))
@@ -217,17 +219,15 @@ def test_carving_is_seeded(tmp_path):
 @settings(deadline=None, derandomize=True, max_examples=30)
 @given(counts=st.lists(st.integers(3, 60), min_size=2, max_size=5), seed=st.integers(0, 2 ** 40))
 def test_every_part_has_every_class(counts, seed):
-    from kd.data.sources import _with_three_splits
-    from kd.data.samples import Dataset, Samples
     labels = np.repeat(np.arange(len(counts)), counts)
     train = Samples(labels, lambda index: bytes([index % 256]), lambda index: str(index), "p", "i")
-    parts = _with_three_splits(Dataset("x", tuple(map(str, range(len(counts)))), {"train": train}), seed,
-                               lambda _: None).splits
-    rows = [part.where(index) for part in parts.values() for index in range(len(part))]
+    dataset = Dataset("x", tuple(map(str, range(len(counts)))), {"train": train})
+    parts = with_three_splits(dataset, seed, lambda _: None).splits
+    rows = [part.name_of(index) for part in parts.values() for index in range(len(part))]
     assert sorted(rows, key=int) == [str(row) for row in range(sum(counts))]
     for part in parts.values():
         assert set(part.labels.tolist()) == set(range(len(counts)))
-        assert [labels[int(part.where(index))] for index in range(len(part))] == part.labels.tolist()
+        assert [labels[int(part.name_of(index))] for index in range(len(part))] == part.labels.tolist()
 
 
 def test_too_few_images_to_carve(tmp_path):
@@ -244,7 +244,7 @@ def test_hub_layout(tmp_path):
         "train": [0, 1, 1, 0], "validation": [1, 0], "test": [0]}
     train = found.splits["train"]
     assert [train.read(index) for index in range(4)] == [jpeg(index) for index in range(4)]
-    assert train.where(2) == f"{root} train row 2 (2.jpg)"
+    assert train.name_of(2) == f"{root} train row 2 (2.jpg)"
 
 
 def test_hub_layout_notices_a_changed_file(tmp_path):
@@ -253,8 +253,8 @@ def test_hub_layout_notices_a_changed_file(tmp_path):
     path = root / "data" / "train-00000.parquet"
     os.utime(path, (1, 1))
     second = open_quietly(root).splits
-    assert first["train"].identity != second["train"].identity
-    assert first["test"].identity == second["test"].identity
+    assert first["train"].fingerprint != second["train"].fingerprint
+    assert first["test"].fingerprint == second["test"].fingerprint
 
 
 @pytest.mark.parametrize("feature, values, classes", [
@@ -383,13 +383,13 @@ def test_names_that_are_nearly_known():
 ASK = textwrap.dedent("""
     import json, sys
     from kd import BadInput
-    from kd.data import open_dataset
+    from kd.data.sources import open_dataset
     said = []
     try:
         found = open_dataset(sys.argv[1], say=said.append)
         print(json.dumps([found.name, found.classes, {split: samples.labels.tolist() for split, samples
                                                       in found.splits.items()},
-                          found.splits["train"].identity, found.splits["train"].read(1).hex(), said]))
+                          found.splits["train"].fingerprint, found.splits["train"].read(1).hex(), said]))
     except BadInput as error:
         print(json.dumps(str(error)))
 """)
