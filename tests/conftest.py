@@ -39,13 +39,24 @@ def photos(tmp_path_factory) -> Path:
     return make_photos(tmp_path_factory.mktemp("photos"))
 
 
-@pytest.fixture
-def tiny(photos, tmp_path) -> train.Config:
-    """A run of a few seconds; `dataclasses.replace` changes what a test is about."""
+def tiny_config(photos: Path, folder: Path) -> train.Config:
+    """A run of a few seconds in `folder`; `dataclasses.replace` changes what a test is about."""
     return train.Config(recipe="tutorial", dataset=str(photos), size=32, epochs=2, batch_size=8, lr=2e-3,
                         teacher="test_resnet", teacher_weights="none", teacher_epochs=1, teacher_lr=2e-3,
-                        allow_weak_teacher=True, student="test_efficientnet", out=str(tmp_path / "run"),
-                        cache_dir=str(tmp_path / "cache"), device="cpu", amp="off")
+                        allow_weak_teacher=True, student="test_efficientnet", out=str(folder / "run"),
+                        cache_dir=str(folder / "cache"), device="cpu", amp="off")
+
+
+@pytest.fixture
+def tiny(photos, tmp_path) -> train.Config:
+    return tiny_config(photos, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def trained(photos, tmp_path_factory) -> tuple[train.Config, dict]:
+    """A finished run and its result, which tests only read."""
+    config = tiny_config(photos, tmp_path_factory.mktemp("trained"))
+    return config, train.main(config)
 
 
 @pytest.fixture(scope="session")
