@@ -144,7 +144,7 @@ def test_a_difference_has_a_sign_and_no_negative_zero():
 
 
 def test_the_bootstrap_draws_every_axis_with_replacement():
-    seen = []
+    seen: list[np.ndarray] = []
 
     def statistic(*counts: np.ndarray) -> np.ndarray:
         seen.extend(counts)
