@@ -4,10 +4,8 @@ import copy
 import dataclasses
 import json
 import math
+import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +21,8 @@ from kd.machine import checkpoint, runtime
 from kd.data.frames import center_crop
 from kd.data.decoding import open_picture, to_frame
 from kd.logits import LogitStore
+from tests.helpers import processes
 from tests.helpers.runs import command_line, identical, step, watch_teacher
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def command(config: train.Config, *more: str) -> list[str]:
-    return [sys.executable, "train.py", *command_line(config, *more)]
 
 
 def test_one_step_is_the_step_that_one_would_write_by_hand():
@@ -205,10 +198,10 @@ def test_the_host_waits_for_the_device_only_where_it_logs(tiny, kind):
     assert counts[0] == counts[1] > 0
 
 
-def test_the_last_line_of_the_process_is_the_result_and_a_finished_run_has_nothing_to_do(tiny, capsys):
-    done = subprocess.run(command(tiny), cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+def test_the_last_line_of_the_process_is_the_result_and_a_finished_run_has_nothing_to_do(tiny, tmp_path, capsys):
+    stdout, stderr = tmp_path / "stdout", tmp_path / "stderr"
+    assert processes.run(command_line(tiny), stdout, stderr) == 0, stderr.read_text()
+    result = json.loads(stdout.read_text().splitlines()[-1])
     assert result == json.loads((Path(tiny.out) / "result.json").read_text())
     assert train.main(dataclasses.replace(tiny, resume=True)) == result
     assert "nothing to do" in capsys.readouterr().out
@@ -221,20 +214,17 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tiny):
     whole = dataclasses.replace(config, out=config.out + "-whole", cache_dir=config.cache_dir + "-whole")
     train.main(whole)
     out = Path(config.out)
+    log = out.with_name("log")
     # somewhere after that many epochs
     for epochs, number, status in ((2, signal.SIGKILL, -9), (5, signal.SIGTERM, 143), (8, signal.SIGINT, 130)):
-        process = subprocess.Popen(command(config, "--resume"), cwd=ROOT, stdout=subprocess.PIPE,
-                                   stderr=subprocess.STDOUT)
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and process.poll() is None:
-            if (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_bytes().count(b"\n") >= epochs:
-                break
-            time.sleep(0.005)
-        process.send_signal(number)
-        said = process.communicate()[0].decode()
-        assert process.returncode == status, said
-    done = subprocess.run(command(config, "--resume"), cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+        process = processes.start(command_line(config, "--resume"), log)
+        metrics = out / "metrics.jsonl"
+        processes.wait_until(process, lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= epochs)
+        assert process.pid
+        os.kill(process.pid, number)
+        process.join()
+        assert process.exitcode == status, log.read_text()
+    assert processes.run(command_line(config, "--resume"), log) == 0, log.read_text()
     ours, theirs = (checkpoint.read(Path(c.out) / "last.ckpt") for c in (config, whole))
     identical(ours, theirs)
     results = [json.loads((Path(c.out) / "result.json").read_text()) for c in (config, whole)]
