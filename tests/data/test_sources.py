@@ -1,4 +1,6 @@
-"""Sources and samples: the same samples from every source, three splits always, nothing executed."""
+"""kd/data/sources.py, samples.py and splits.py: the same samples from every source, always three splits,
+and nothing in a dataset is executed.
+"""
 
 import io
 import json
@@ -10,6 +12,7 @@ import textwrap
 import threading
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
+def private_cache(tmp_path_factory, monkeypatch):
     """No test reads or fills the user's cache of datasets."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", datasets.config.HF_HUB_OFFLINE)
@@ -86,14 +89,14 @@ def refused(name, match: str) -> str:
 
 def test_leaves_are_one_data_set_whatever_the_seed():
     for seed in (0, 7):
-        found = open_quietly("leaves", seed)
-        assert found.classes == leaves.CLASSES and list(found.splits) == list(SPLITS)
-        for split, samples in found.splits.items():
+        dataset = open_quietly("leaves", seed)
+        assert dataset.classes == leaves.CLASSES and list(dataset.splits) == list(SPLITS)
+        for split, samples in dataset.splits.items():
             assert len(samples) == leaves.SIZES[split]
             for index in (0, 1, len(samples) - 1):
                 picture, label = leaves.draw(split, index)
                 assert samples.labels[index] == label and samples.read(index).tobytes() == picture.tobytes()
-    splits = found.splits.values()
+    splits = dataset.splits.values()
     assert len({samples.location for samples in splits}) == 3
 
 
@@ -115,11 +118,11 @@ def test_image_folder(tmp_path, validation):
     (root / "train" / "a" / ".hidden").write_text("x")
     (root / "train" / "a" / "Thumbs.db").write_text("x")
     (root / "labels.csv").write_text("x")
-    found = open_quietly(root)
-    assert (found.name, found.classes) == ("set", ("a", "b"))
-    assert {split: samples.labels.tolist() for split, samples in found.splits.items()} == {
+    dataset = open_quietly(root)
+    assert (dataset.name, dataset.classes) == ("set", ("a", "b"))
+    assert {split: samples.labels.tolist() for split, samples in dataset.splits.items()} == {
         "train": [0] * 6 + [1] * 4, "validation": [0, 1, 1], "test": [0, 0, 1]}
-    train = found.splits["train"]
+    train = dataset.splits["train"]
     assert train.labels.dtype == np.int64
     assert train.name_of(6) == str(root / "train" / "b" / "00.jpg")
     assert train.read(6) == (root / "train" / "b" / "00.jpg").read_bytes()
@@ -238,11 +241,11 @@ def test_too_few_images_to_carve(tmp_path):
 
 def test_hub_layout(tmp_path):
     root = hub_folder(tmp_path / "toy", {"train": [0, 1, 1, 0], "validation": [1, 0], "test": [0]})
-    found = open_quietly(root)
-    assert (found.name, found.classes) == ("toy", ("a", "b"))
-    assert {split: samples.labels.tolist() for split, samples in found.splits.items()} == {
+    dataset = open_quietly(root)
+    assert (dataset.name, dataset.classes) == ("toy", ("a", "b"))
+    assert {split: samples.labels.tolist() for split, samples in dataset.splits.items()} == {
         "train": [0, 1, 1, 0], "validation": [1, 0], "test": [0]}
-    train = found.splits["train"]
+    train = dataset.splits["train"]
     assert [train.read(index) for index in range(4)] == [jpeg(index) for index in range(4)]
     assert train.name_of(2) == f"{root} train row 2 (2.jpg)"
 
@@ -262,10 +265,11 @@ def test_hub_layout_notices_a_changed_file(tmp_path):
     (datasets.Value("int32"), [10, 9, 10], ("9", "10")),
 ])
 def test_labels_of_text_and_whole_numbers_are_encoded_sorted(tmp_path, feature, values, classes):
-    found = open_quietly(hub_folder(tmp_path, {"train": values, "validation": values[:2], "test": values[1:]}, feature))
-    assert found.classes == classes
-    assert found.splits["train"].labels.tolist() == [1, 0, 1]
-    assert found.splits["test"].labels.tolist() == [0, 1]
+    splits = {"train": values, "validation": values[:2], "test": values[1:]}
+    dataset = open_quietly(hub_folder(tmp_path, splits, feature))
+    assert dataset.classes == classes
+    assert dataset.splits["train"].labels.tolist() == [1, 0, 1]
+    assert dataset.splits["test"].labels.tolist() == [0, 1]
 
 
 def test_text_label_that_train_lacks(tmp_path):
@@ -366,11 +370,11 @@ def test_nothing_in_a_dataset_is_executed(tmp_path):
 
 @pytest.mark.skipif(not BEANS, reason="KD_BEANS does not name the folder of the real photographs")
 def test_real_photographs():
-    found = open_quietly(BEANS)
-    assert found.classes == ("angular_leaf_spot", "bean_rust", "healthy")
-    assert {split: len(samples) for split, samples in found.splits.items()} == {
+    dataset = open_quietly(BEANS)
+    assert dataset.classes == ("angular_leaf_spot", "bean_rust", "healthy")
+    assert {split: len(samples) for split, samples in dataset.splits.items()} == {
         "train": 1034, "validation": 133, "test": 128}
-    assert Image.open(io.BytesIO(found.splits["test"].read(127))).size == (500, 500)
+    assert Image.open(io.BytesIO(dataset.splits["test"].read(127))).size == (500, 500)
 
 
 # The Hub
@@ -380,59 +384,63 @@ def test_names_that_are_nearly_known():
         refused(name, f"--dataset {name} is unknown .did you mean .*(leaves|beans)")
 
 
-ASK = textwrap.dedent("""
+OPEN = textwrap.dedent("""
     import json, sys
     from kd import BadInput
     from kd.data.sources import open_dataset
-    said = []
-    try:
-        found = open_dataset(sys.argv[1], say=said.append)
-        print(json.dumps([found.name, found.classes, {split: samples.labels.tolist() for split, samples
-                                                      in found.splits.items()},
-                          found.splits["train"].fingerprint, found.splits["train"].read(1).hex(), said]))
-    except BadInput as error:
-        print(json.dumps(str(error)))
+    for name in sys.argv[1:]:
+        lines = []
+        try:
+            dataset = open_dataset(name, say=lines.append)
+            train = dataset.splits["train"]
+            print(json.dumps([dataset.name, dataset.classes,
+                              {split: samples.labels.tolist() for split, samples in dataset.splits.items()},
+                              train.fingerprint, train.read(1).hex(), lines]))
+        except BadInput as error:
+            print(json.dumps(str(error)))
 """)
 
 
-def ask(name: str, home: Path, endpoint: str) -> list | str:
-    """open_dataset in a process of its own, for the Hub's client reads its settings once, when it is imported."""
+def open_in_process(names: list[str], home: Path, endpoint: str) -> list[Any]:
+    """open_dataset in a process of its own, because the Hub's client reads its settings when it is imported."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGINGFACE"))}
     environment |= {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
-    result = subprocess.run([sys.executable, "-c", ASK, name], cwd=ROOT, env=environment, text=True,
+    result = subprocess.run([sys.executable, "-c", OPEN, *names], cwd=ROOT, env=environment, text=True,
                             capture_output=True, timeout=60)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
-    return json.loads(result.stdout)
+    return [json.loads(line) for line in result.stdout.splitlines()]
 
 
-def test_hub_that_cannot_be_reached(tmp_path):
-    said = ask("beans", tmp_path, "http://127.0.0.1:9")
-    assert isinstance(said, str) and "the Hub cannot be reached" in said
-    assert "`python train.py --dataset leaves`" in said
-
-
-@pytest.fixture
-def hub(tmp_path):
-    """The address of a stand-in Hub that has one dataset, someone/toy."""
-    folder = hub_folder(tmp_path / "served", {"train": [0, 1] * 9, "validation": [0, 1], "test": [1, 0]})
-    server = standin_hub.serve(folder, "someone/toy")
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield standin_hub.address_of(server)
+@pytest.fixture(scope="module")
+def hub_answers(tmp_path_factory) -> dict[str, Any]:
+    """What a stand-in Hub, which has only someone/toy, leads to: first online, then offline with the same cache."""
+    folder = tmp_path_factory.mktemp("hub")
+    served = hub_folder(folder / "served", {"train": [0, 1] * 9, "validation": [0, 1], "test": [1, 0]})
+    server = standin_hub.serve(served, "someone/toy")
+    threading.Thread(target=server.serve_forever, args=(.01,), daemon=True).start()
+    online = open_in_process(["someone/toy", "AI-Lab-Makerere/bean"], folder / "home", standin_hub.address_of(server))
     server.shutdown()
     server.server_close()
+    offline = open_in_process(["someone/toy", "beans"], folder / "home", "http://127.0.0.1:9")
+    return dict(zip(("online", "unknown", "offline", "unreachable"), online + offline, strict=True))
 
 
-def test_hub_dataset_by_its_id_and_then_offline_from_the_cache(hub, tmp_path):
-    online = ask("someone/toy", tmp_path / "home", hub)
+def test_hub_that_cannot_be_reached(hub_answers):
+    message = hub_answers["unreachable"]
+    assert isinstance(message, str) and "the Hub cannot be reached" in message
+    assert "`python train.py --dataset leaves`" in message
+
+
+def test_hub_dataset_by_its_id_and_then_offline_from_the_cache(hub_answers):
+    online, offline = hub_answers["online"], hub_answers["offline"]
     assert online[:3] == ["someone/toy", ["a", "b"], {"train": [0, 1] * 9, "validation": [0, 1], "test": [1, 0]}]
     assert online[4:] == [jpeg(1).hex(), []]
-    offline = ask("someone/toy", tmp_path / "home", "http://127.0.0.1:9")
-    assert offline[:5] == online[:5]  # with the same identity: decoded pictures are found again
+    assert offline[:5] == online[:5]  # with the same fingerprint, so that its decoded pictures are dataset again
     assert offline[5] == ["someone/toy: the Hub cannot be reached; using the copy in its cache"]
 
 
-def test_hub_id_that_does_not_exist(hub, tmp_path):
-    said = ask("AI-Lab-Makerere/bean", tmp_path / "home", hub)
-    assert "neither a folder here nor a dataset on the Hub" in said
-    assert "did you mean AI-Lab-Makerere/beans?" in said
+def test_hub_id_that_does_not_exist(hub_answers):
+    message = hub_answers["unknown"]
+    assert "neither a folder here nor a dataset on the Hub" in message
+    assert "did you mean AI-Lab-Makerere/beans?" in message

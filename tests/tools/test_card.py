@@ -1,0 +1,103 @@
+"""kd/tools/card.py: the model card, read by the parser of the Hub's client."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard
+
+import train
+from kd import cli
+from kd.tools import card
+
+ROW = {"test_accuracy": 0.75, "test_correct": 96, "test_total": 128, "test_macro_f1": 0.7421}
+ROWS = {"teacher": {**ROW, "test_accuracy": 0.96875, "test_correct": 124}, "control": ROW,
+        "student": {**ROW, "test_accuracy": 0.8125, "test_correct": 104}}
+
+
+def parsed(text: str) -> Any:
+    """Read as the Hub's client reads it, and held to what its validator is known to ask for."""
+    parsed_card = ModelCard(text)
+    meta = yaml.safe_load(text.split("---\n")[1])
+    assert parsed_card.data.to_dict() == meta
+    assert meta["license"] == "apache-2.0" and meta["library_name"] == "timm"
+    assert meta["pipeline_tag"] == "image-classification" and meta["metrics"] == ["accuracy", "f1"]
+    for model in meta.get("model-index", []):
+        for result in model["results"]:
+            assert result["task"]["type"] == "image-classification"
+            assert isinstance(result["dataset"]["type"], str) and isinstance(result["dataset"]["name"], str)
+            assert all(isinstance(metric["value"], float) for metric in result["metrics"])
+    assert meta.get("base_model_relation") in (None, "adapter", "finetune", "merge", "quantized")
+    return parsed_card
+
+
+def test_the_card_of_each_role_says_what_it_is_and_what_it_comes_from():
+    config = train.Config(recipe="tutorial", push_to_hub="someone/student", control=True, seed=3, kd_weight=0.7)
+    student = parsed(train.model_card(config, "student", ROWS))
+    assert student.data.base_model == "timm/resnet50.a1_in1k" and student.data.datasets == ["AI-Lab-Makerere/beans"]
+    assert "base_model_relation" not in student.data.to_dict()
+    assert [(each.metric_type, each.metric_value) for each in student.data.eval_results] == [
+        ("accuracy", 0.8125), ("f1", 0.7421)]
+    assert {(each.dataset_type, each.dataset_split) for each in student.data.eval_results} == {
+        ("AI-Lab-Makerere/beans", "test")}
+    for text in ("| teacher | `resnet50` | 96.9 % (124/128) | 0.742 |",
+                 "| control | `mobilenetv2_100` | 75.0 % (96/128) | 0.742 |",
+                 "| student | `mobilenetv2_100` | 81.2 % (104/128) | 0.742 |", "T = 5, λ = 0.7", "used once",
+                 "\npython train.py --recipe tutorial --seed 3 --control --kd-weight 0.7\n",
+                 'timm.create_model("hf-hub:someone/student", pretrained=True)', "local-dir:", "label_names",
+                 "create_transform", "one is 0.78 points"):
+        assert text in student.content, text
+    teacher = parsed(train.model_card(config, "teacher", ROWS))
+    assert teacher.data.base_model == "timm/resnet50.a1_in1k" and teacher.data.base_model_relation == "finetune"
+    assert teacher.data.eval_results[0].metric_value == 0.96875 and "# resnet50 on beans" in teacher.content
+    control = parsed(train.model_card(config, "control", ROWS))
+    assert control.data.base_model is None and control.data.eval_results[0].metric_value == 0.75
+    local_weights = dataclasses.replace(config, teacher_weights="weights/x.safetensors")
+    assert parsed(train.model_card(local_weights, "student", ROWS)).data.base_model is None
+
+
+def test_the_card_of_data_on_this_machine_names_no_path_and_no_stranger(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    config = train.Config(recipe="tutorial", dataset=str(folder), teacher_weights=str(tmp_path / "w.safetensors"),
+                          out=str(tmp_path / "run"), cache_dir=str(tmp_path / "cache"), push_to_hub="a/b", device="cpu")
+    student = parsed(train.model_card(config, "student", {}))  # nothing was scored yet
+    assert str(tmp_path) not in student.content
+    assert student.data.datasets is None and student.data.eval_results is None
+    assert "\npython train.py --recipe tutorial --dataset photos --teacher-weights w.safetensors\n" in student.content
+
+
+def test_the_card_is_written_with_validation_scores_and_at_the_end_with_test_scores(tiny, monkeypatch):
+    cards: list[str] = []
+    render_card = card.render_card
+
+    def recorded(*arguments) -> str:
+        cards.append(render_card(*arguments))
+        return cards[-1]
+
+    monkeypatch.setattr(card, "render_card", recorded)
+    result = train.main(dataclasses.replace(tiny, control=True))
+    assert len(cards) >= 6
+    for early in map(parsed, cards[:-3]):
+        assert {each.dataset_split for each in early.data.eval_results} == {"validation"}
+        assert "Scores on the validation split" in early.content and "Training was not over" in early.content
+    for role in ("teacher", "control", "student"):
+        last = parsed((Path(tiny.out) / role / "README.md").read_text())
+        values = {each.metric_type: (each.metric_value, each.dataset_split) for each in last.data.eval_results}
+        assert values == {"accuracy": (result[role]["test_accuracy"], "test"),
+                          "f1": (result[role]["test_macro_f1"], "test")}
+        for other in ("teacher", "control", "student"):
+            assert f"({result[other]['test_correct']}/12)" in last.content
+
+
+def test_the_command_gives_the_config_again():
+    for words in (["--recipe", "tutorial"], ["--seed", "4", "--control", "--lr", "0.01"],
+                  ["--recipe", "best", "--teacher", "tf_efficientnet_lite0", "--augment", "crop", "--views", "0"]):
+        config = cli.parse_config(train.Config, train.RECIPES, words, "")
+        command = cli.command(config, train.RECIPES, train.FREE_ON_RESUME)
+        assert command.startswith("python train.py")
+        assert cli.parse_config(train.Config, train.RECIPES, command.split()[2:], "") == config
+    assert cli.command(train.Config(dataset="a/b c/d"), {}, set()).endswith("--dataset d")
+    assert [cli.base_name(name) for name in ("someone/toy", "/x/beans", "~/beans", "./b", "imagenet", "a/b/c")] == [
+        "someone/toy", "beans", "beans", "b", "imagenet", "c"]
