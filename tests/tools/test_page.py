@@ -4,14 +4,13 @@ import base64
 import io
 import json
 import re
-import subprocess
-import sys
 import zipfile
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 from xml.etree import ElementTree
 
+import jinja2
 import numpy as np
 import pytest
 import torch
@@ -19,24 +18,29 @@ from PIL import Image
 
 import train
 from kd import BadInput
-from kd.tools import page
-from kd.views import SPECS, load_views
-from kd.scores import calibration_error, log_softmax, scores
+from kd.augmentations import AUGMENTATIONS
+from kd.data.frames import Data, Split
+from kd.scores import gain_lines, mcnemar_p, scores
+from kd.tools import page, plots
+from kd.tools.predictions import Predictions, read_predictions
+from kd.views import Views, load_views
 from tests.helpers import browser
 
-ROOT = Path(__file__).resolve().parents[2]
 VOID = {"meta", "link", "img", "source", "wbr", "br"}
 HOSTILE = "<script>alert(1)</script>"
+NO_PLOT = plots.Plot("data:,", "data:,", 1, 1)
+BREAKOUT = "\"><img src=x onerror='alert(1)'>{{ 7 * 7 }}"  # ends an attribute, and would be a template's expression
 
 
 class Parsed(HTMLParser):
-    """Every tag with its attributes, every table as rows of cells, every heading; checks that tags nest."""
+    """Tags with their attributes, tables as rows of cells, headings and paragraphs; checks that tags nest."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.tables: list[list[list[str]]] = []
         self.headings: list[str] = []
+        self.paragraphs: list[str] = []
         self.open: list[str] = []
         self.feed(text)
         self.close()
@@ -53,6 +57,8 @@ class Parsed(HTMLParser):
             self.tables[-1][-1].append("")
         elif tag in ("h2", "h3"):
             self.headings.append("")
+        elif tag == "p":
+            self.paragraphs.append("")
         elif tag == "span" and self.open[-1] in ("td", "th"):
             self.tables[-1][-1][-1] += " "
         if tag not in VOID:
@@ -66,10 +72,38 @@ class Parsed(HTMLParser):
             self.tables[-1][-1][-1] += data
         elif {"h2", "h3"} & set(self.open):
             self.headings[-1] += data
+        elif "p" in self.open:
+            self.paragraphs[-1] += data
+
+    def errors(self) -> list[int]:
+        """The test samples that are shown as errors."""
+        return [int(str(attributes["data-sample"])) for _, attributes in self.tags if "data-sample" in attributes]
 
 
-def make_run(out: Path, classes: tuple[str, ...], count: int = 60, control: bool = True, views: int = 6) -> Path:
-    """A run's files, without the training: random logits that are right more often than not."""
+class Fakes(NamedTuple):
+    """Frames that are each filled with their number."""
+
+    total: int
+
+    def __len__(self) -> int:
+        return self.total
+
+    def read(self, numbers: np.ndarray) -> np.ndarray:
+        return np.ones((len(numbers), 46, 46, 3), np.uint8) * numbers.astype(np.uint8)[:, None, None, None]
+
+
+def make_data(classes: tuple[str, ...], test_labels: np.ndarray) -> Data:
+    train_split = Split(Fakes(30), np.arange(30) % len(classes))   # type: ignore[arg-type]
+    test_split = Split(Fakes(len(test_labels)), test_labels)       # type: ignore[arg-type]
+    return Data(classes, train_split, test_split, test_split)
+
+
+def make_run(out: Path, classes: tuple[str, ...], count: int = 60, control: bool = True, views: int = 6,
+             name: str = HOSTILE, suffix: str = "") -> Path:
+    """A run's files, without the training: random logits that are right more often than not.
+
+    name: of the data set and of every test sample; suffix: of the models, settings and so on.
+    """
     generator, total = np.random.default_rng(0), len(classes)
     labels = generator.integers(0, total, count)
     roles = ("teacher", "control", "student") if control else ("teacher", "student")
@@ -81,29 +115,24 @@ def make_run(out: Path, classes: tuple[str, ...], count: int = 60, control: bool
             elapsed += 10 + 2 + 1
             history.append({"role": role, "epoch": epoch, "accuracy": 0.5 + epoch / 10, "loss": 1 / epoch,
                             "train_loss": 2 / epoch, "seconds": 10.0, "elapsed": elapsed})
-    result = {role: {"model": f"{role}_net", "params": 1234567, "validation_accuracy": 0.8}
+    result = {role: {"model": f"{role}_net{suffix}", "params": 1234567, "validation_accuracy": 0.8}
               | {("test_" if key in ("accuracy", "macro_f1", "correct", "total") else "") + key: value
                  for key, value in scores(logits[role], labels).items()} for role in roles}
-    config = {"dataset": f"/home/somebody/data/my {HOSTILE}", "size": 40, "epochs": 3, "temperature": 4.0,
-              "kd_weight": 0.5, "seed": 0, "augment": "crop"}
+    config = {"dataset": f"/home/somebody/data/my {name}", "size": 40, "epochs": 3, "temperature": 4.0,
+              "kd_weight": 0.5, "seed": 0, "augment": f"crop{suffix}", f"a_setting{suffix}": f"its value{suffix}"}
     out.mkdir()
     (out / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in history))
     (out / "result.json").write_text(json.dumps({**result, "config": config, "seconds": 200.0,
-                                                 "images_per_second": 31.4, "environment": {}, "commit": "c"}))
-
-    def read(numbers: np.ndarray) -> np.ndarray:
-        return np.stack([np.full((46, 46, 3), number, np.uint8) for number in numbers])
-
-    page.keep(out, logits, labels, classes, lambda i: f"/home/somebody/photos/{HOSTILE} & {i}.jpg", read, 40,
-              generator.integers(0, 255, (4, views, 40, 40, 3), np.uint8), np.arange(4) % total)
+                                                 "images_per_second": 31.4, "commit": f"c{suffix}",
+                                                 "environment": {f"cpu{suffix}": f"fast{suffix}"}}))
+    page.write_report(out, logits, make_data(classes, labels), lambda i: f"/home/somebody/photos/{name} & {i}.jpg",
+                      Views(0, 40, AUGMENTATIONS["crop"], count=views), epochs=30)
     return out
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    out = make_run(tmp_path_factory.mktemp("page") / "run", ("healthy", HOSTILE, "a_rather_long_name_of_a_class"))
-    page.write(out)
-    return out
+    return make_run(tmp_path_factory.mktemp("page") / "run", ("healthy", HOSTILE, "a_rather_long_name_of_a_class"))
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +170,7 @@ def test_nothing_comes_from_elsewhere_and_every_picture_decodes(text, parsed):
         if tag == "img":
             assert attributes["alt"] and attributes["width"] and attributes["height"]
     assert kinds["svg"] == 2 * (3 + 3)  # light and dark: three curves, three reliability diagrams
-    cards = sum("data-sample" in attributes for _, attributes in parsed.tags)
+    cards = len(parsed.errors())
     assert kinds["jpeg"] == 4 * 6 + cards and cards > 3
 
 
@@ -159,22 +188,65 @@ def test_the_table_is_the_result(run, parsed):
         assert [[int(cell) for cell in line[1:]] for line in table[1:]] == result[role]["confusion"]
 
 
+def test_gain_and_headroom_are_said_in_the_words_of_the_console(run, text, parsed):
+    result, content = json.loads((run / "result.json").read_text()), read_predictions(run / "predictions.npz")
+    only_student = int((content.correct("student") & ~content.correct("control")).sum())
+    only_control = int((content.correct("control") & ~content.correct("student")).sum())
+    images, p = only_student - only_control, mcnemar_p(only_student, only_control)
+    assert images == result["student"]["test_correct"] - result["control"]["test_correct"]
+    paired = {"gain": images / 60, "images": images, "only_first": only_student, "only_second": only_control, "p": p}
+    for line in gain_lines(result, paired):
+        assert line in parsed.paragraphs
+    headroom = result["teacher"]["test_correct"] - result["control"]["test_correct"]
+    assert f"student − control, {images:+d} of 60 images, p = {p:.2g}" in text
+    assert f"teacher − control, {headroom:+d} of 60 images" in text
+    assert any(paragraph.startswith(f"{only_student} test images only the student has right, {only_control} only")
+               for paragraph in parsed.paragraphs)
+    assert "gift" not in text
+
+
 def test_names_from_outside_are_text(text, parsed):
     assert HOSTILE not in text and "&lt;script&gt;alert(1)&lt;/script&gt;" in text
     assert parsed.tables[1][2][0] == f"2 {HOSTILE}"
     assert "somebody" not in text  # the end of a path finds the picture; the rest is nobody's business
 
 
+@pytest.mark.parametrize("classes", [3, 20])
+def test_no_name_becomes_markup_wherever_it_stands(tmp_path, monkeypatch, classes):
+    """Every string of the run's files is hostile: classes, test samples, models, settings, machine, commit."""
+    monkeypatch.setattr(plots, "draw_plot", lambda *_: NO_PLOT)  # roles are all that a plot names
+    out = make_run(tmp_path / "run", tuple(f"{i}{BREAKOUT}" for i in range(classes)), name=BREAKOUT, suffix=BREAKOUT)
+    text = (out / "report.html").read_text()
+    parsed = Parsed(text)
+    assert "<img src=x" not in text
+    for tag, attributes in parsed.tags:
+        assert not any(name.startswith("on") for name in attributes), (tag, attributes)
+        assert tag != "img" or str(attributes["src"]).startswith("data:")
+    # as text it is all there: in cells, headings, paragraphs and descriptions of pictures
+    cells = [cell for table in parsed.tables for row in table for cell in row]
+    for expected in (f"student student_net{BREAKOUT}", f"a_setting{BREAKOUT}", f"its value{BREAKOUT}", f"cpu{BREAKOUT}",
+                     f"fast{BREAKOUT}", f"c{BREAKOUT}", f"0{BREAKOUT}"):
+        assert expected in cells
+    assert any(BREAKOUT in paragraph for paragraph in parsed.paragraphs)
+    descriptions = [str(attributes["alt"]) for tag, attributes in parsed.tags if tag == "img"]
+    assert sum(BREAKOUT in description for description in descriptions) > 24
+
+
+def test_a_name_that_the_template_lacks_is_an_error():
+    with pytest.raises(jinja2.UndefinedError):
+        page.environment().from_string("{{ nothing }}").render()
+
+
 def test_the_errors_are_those_of_the_logits(run, text, parsed):
-    kept = page.read_predictions(run / "predictions.npz")
-    labels, teacher, student = kept["labels"], kept["teacher"], kept["student"]
+    content = read_predictions(run / "predictions.npz")
+    labels, teacher, student = content.labels, content.logits["teacher"], content.logits["student"]
     right = [(logits.argmax(1) == labels) for logits in (teacher, student)]
     expected = []
-    for chosen, by in ((right[0] & ~right[1], student), (~right[0] & right[1], teacher),
-                       (~right[0] & ~right[1], student)):
+    for chosen, logits in ((right[0] & ~right[1], student), (~right[0] & right[1], teacher),
+                           (~right[0] & ~right[1], student)):
         numbers = np.flatnonzero(chosen)
-        sure = torch.softmax(torch.from_numpy(by).double(), 1).amax(1).numpy()[numbers]
-        expected.append((len(numbers), numbers[np.argsort(-sure, kind="stable")][:page.SHOWN].tolist()))
+        confidence = torch.softmax(torch.from_numpy(logits).double(), 1).amax(1).numpy()[numbers]
+        expected.append((len(numbers), numbers[np.argsort(-confidence, kind="stable")][:page.SHOWN].tolist()))
     # together: where the two disagree, or both fail
     either = (teacher.argmax(1) != student.argmax(1)) | (~right[0] & ~right[1])
     assert sum(count for count, _ in expected) == either.sum() > 0
@@ -182,50 +254,44 @@ def test_the_errors_are_those_of_the_logits(run, text, parsed):
         f"{title}: {count} of 60" for title, (count, _) in zip(
             ("The student is wrong, the teacher right", "The teacher is wrong, the student right", "Both are wrong"),
             expected)]
-    cards = [int(str(attributes["data-sample"])) for tag, attributes in parsed.tags if "data-sample" in attributes]
-    assert cards == [number for _, numbers in expected for number in numbers] == kept["shown"].tolist()
-    assert [int(picture.mean()) for picture in kept["pictures"]] == cards  # each card has its own picture
+    cards = parsed.errors()
+    assert cards == [number for _, numbers in expected for number in numbers] == content.shown.tolist()
+    assert [int(picture.mean()) for picture in content.pictures] == cards  # each card has its own picture
     first, table = cards[0], parsed.tables[4]
     assert table[0][1:] == ["teacher", "student"] and table[1] == ["%", "T=1", "T=4", "T=1", "T=4"]
-    names = kept["classes"].tolist()
-    assert table[2][0] == names[labels[first]]
+    assert table[2][0] == content.classes[labels[first]]
     for line in table[2:]:
-        probabilities = [torch.softmax(torch.from_numpy(logits[first]) / t, 0)[names.index(line[0])].item()
+        probabilities = [torch.softmax(torch.from_numpy(logits[first]) / t, 0)[content.classes.index(line[0])].item()
                          for logits in (teacher, student) for t in (1, 4)]
         assert line[1:] == [f"{100 * p:.0f}" for p in probabilities]
 
 
-def test_a_run_without_errors_shows_none(run, tmp_path):
-    kept = page.read_predictions(run / "predictions.npz")
-    perfect = {role: np.eye(3, dtype=np.float32)[kept["labels"]] for role in ("teacher", "student")}
-    page.keep(tmp_path, perfect, kept["labels"], tuple(kept["classes"]), str,
-              lambda numbers: np.zeros((len(numbers), 46, 46, 3), np.uint8), 40, kept["views"], kept["view_labels"])
-    parsed = Parsed(page.errors(page.read_predictions(tmp_path / "predictions.npz"), 4.0))
-    assert parsed.headings[-1] == "Both are wrong: 0 of 60" and not parsed.tables
+def test_a_run_without_errors_shows_none(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, "draw_plot", lambda *_: NO_PLOT)
+    content = read_predictions(run / "predictions.npz")
+    perfect = {role: np.eye(3, dtype=np.float32)[content.labels] for role in ("teacher", "student")}
+    page.save_predictions(tmp_path, perfect, make_data(tuple(content.classes), content.labels), str,
+                          Views(0, 40, AUGMENTATIONS["none"], count=1), epochs=1)
+    saved = read_predictions(tmp_path / "predictions.npz")
+    assert len(saved.pictures) == 0 and [group.total for group in page.error_groups(saved, 4.0)] == [0, 0, 0]
+    parsed = Parsed(page.render(json.loads((run / "result.json").read_text()), [], saved))
+    assert [heading for heading in parsed.headings if " wrong" in heading][-1] == "Both are wrong: 0 of 60"
+    assert not parsed.errors()
 
 
-def test_the_bins_of_the_diagram_are_those_of_the_calibration_error(run):
-    kept = page.read_predictions(run / "predictions.npz")
-    bins = page.reliability(kept["student"], kept["labels"])
-    error = sum(count * abs(right - sure) for sure, right, count in bins) / 60
-    confidence = np.exp(log_softmax(kept["student"]).max(1))
-    assert error == pytest.approx(calibration_error(confidence, kept["student"].argmax(1) == kept["labels"]))
-    assert sum(count for _, _, count in bins) == 60
-
-
-def test_time_and_chance_by_hand():
+def test_the_parts_of_the_time_sum_to_the_whole():
     history = [{"role": role, "seconds": 10.0, "elapsed": elapsed}
                for role, elapsed in (("teacher", 20.0), ("teacher", 33.0), ("student", 60.0), ("student", 75.0))]
-    parts = dict(page.time_parts(history, 100.0))
-    assert list(parts.values()) == [20.0, 20.0, (33 - 20 - 10) + (75 - 60 - 10), 52.0] and sum(parts.values()) == 100
-    assert page.sign_test(0, 5) == 2 / 32 and page.sign_test(5, 0) == 2 / 32 and page.sign_test(4, 4) == 1
-    assert page.sign_test(1, 6) == 2 * (1 + 7) / 128 and page.sign_test(0, 0) == 1
+    parts = page.time_parts(history, 100.0)
+    assert [part.role for part in parts] == ["teacher", "student", "other", "other"]
+    seconds = [part.seconds for part in parts]
+    assert seconds == [20.0, 20.0, (33 - 20 - 10) + (75 - 60 - 10), 52.0] and sum(seconds) == 100
 
 
 def test_many_classes_are_a_picture_and_no_control_is_said(tmp_path):
     names = tuple(f"class_{i}_{HOSTILE}_{'x' * 30}" for i in range(20))
     out = make_run(tmp_path / "run", names, count=300, control=False, views=1)
-    text = page.write(out).read_text()
+    text = (out / "report.html").read_text()
     parsed = Parsed(text)
     assert "Confusion matrix of the student over 20 classes." in text and "Without <code>--control</code>" in text
     assert parsed.tables[0][-1][0].startswith("student ") and text.count("taken for") >= 5 and HOSTILE not in text
@@ -235,47 +301,47 @@ def test_many_classes_are_a_picture_and_no_control_is_said(tmp_path):
             assert window.value("document.documentElement.scrollWidth <= innerWidth")
 
 
+class Random(Fakes):
+    """Frames of random pixels."""
+
+    def read(self, numbers: np.ndarray) -> np.ndarray:
+        return np.random.default_rng(0).integers(0, 255, (self.total, 40, 40, 3), np.uint8)[numbers]
+
+
 def test_the_sheet_has_the_very_views_of_training():
-    frames = np.random.default_rng(0).integers(0, 255, (9, 40, 40, 3), np.uint8)
-    labels = np.arange(9) % 3
-    setting: dict[str, Any] = dict(seed=3, size=32, spec=SPECS["crop"], device=torch.device("cpu"))
-    views, shown = page.view_sheet(lambda numbers: frames[numbers], labels, 2, **setting)
-    assert views.shape == (9, 2, 32, 32, 3) and shown.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    split = Split(Random(9), np.arange(9) % 3)  # type: ignore[arg-type]
+    views = Views(seed=3, size=32, augmentation=AUGMENTATIONS["crop"], count=2)
+    pictures, labels = page.sample_views(split, views, 30)
+    assert pictures.shape == (9, 2, 32, 32, 3) and labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    by_class = np.argsort(split.labels, kind="stable")
     for view in range(2):
-        expected = load_views(lambda numbers: frames[numbers], 9, np.argsort(labels, kind="stable"), view=view,
-                              **setting)
-        assert np.array_equal(views[:, view], expected.permute(0, 2, 3, 1).numpy())
-    assert page.view_sheet(lambda numbers: frames[numbers], labels, 30, **setting)[0].shape[:2] == (4, 6)
+        expected = load_views(split.frames.read, 9, by_class, view, views, torch.device("cpu"))
+        assert np.array_equal(pictures[:, view], expected.permute(0, 2, 3, 1).numpy())
+    fresh = Views(seed=3, size=32, augmentation=AUGMENTATIONS["crop"], count=0)
+    assert page.sample_views(split, fresh, 30)[0].shape[:2] == (4, 6)
+    assert page.sample_views(split, fresh, 2)[0].shape[:2] == (9, 2)
 
 
-@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04 cut", "pickle", "shapes"])
-def test_predictions_that_are_none_are_refused_and_nothing_in_them_runs(run, tmp_path, content):
-    path, buffer = tmp_path / "predictions.npz", io.BytesIO()
-    if content == "pickle":
-        np.savez(buffer, teacher=np.array([{"an": "object"}], object))
-        content = buffer.getvalue()
-    elif content == "shapes":
-        kept = page.read_predictions(run / "predictions.npz")
-        np.savez(buffer, **{**kept, "labels": kept["labels"][:-1]})  # type: ignore[arg-type]
-        content = buffer.getvalue()
-    path.write_bytes(content)
-    with pytest.raises(BadInput, match="predictions.npz: not readable"):
-        page.read_predictions(path)
-    path.unlink()
-    with pytest.raises(BadInput, match="predictions.npz: no such file"):
-        page.read_predictions(path)
-
-
-def test_the_command_draws_the_same_page_again(run, text):
-    done = subprocess.run([sys.executable, "-m", "kd", "page", str(run)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.strip() == str(run / "report.html"), done.stderr
+def test_the_command_draws_the_same_page_again(run, text, capsys):
+    (run / "report.html").unlink()
+    page.main([str(run)])
+    assert capsys.readouterr().out.strip() == str(run / "report.html")
     assert (run / "report.html").read_text() == text
-    done = subprocess.run([sys.executable, "-m", "kd", "page", str(run / "x")], cwd=ROOT, capture_output=True,
-                          text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("kd page: error: ")
+    with pytest.raises(BadInput, match="x: No such file"):
+        page.main([str(run / "x")])
 
 
-def test_a_run_ends_with_its_page_and_a_fault_in_drawing_costs_the_page_alone(tiny, monkeypatch):
+@pytest.mark.parametrize("content", [None, "{"])
+def test_metrics_that_are_none_are_named(run, tmp_path, content):
+    for name in ("result.json", "predictions.npz"):
+        (tmp_path / name).write_bytes((run / name).read_bytes())
+    if content:
+        (tmp_path / "metrics.jsonl").write_text(content)
+    with pytest.raises(BadInput, match="metrics.jsonl: not readable .* give the folder of a run that has ended"):
+        page.redraw(tmp_path)
+
+
+def test_a_run_ends_with_its_page_and_a_fault_in_drawing_costs_only_the_page(tiny, monkeypatch):
     out = Path(tiny.out)
     with monkeypatch.context() as broken:
         broken.setattr(page, "render", lambda *_: 1 / 0)
@@ -288,10 +354,10 @@ def test_a_run_ends_with_its_page_and_a_fault_in_drawing_costs_the_page_alone(ti
     assert (out / "result.json").read_bytes() == before and json.loads(before) == result
     assert Parsed((out / "report.html").read_text()).tables[0][2][1] == (
         f"{100 * result['student']['test_accuracy']:.1f} % {result['student']['test_correct']}/12")
-    kept = page.read_predictions(out / "predictions.npz")
-    assert scores(kept["student"], kept["labels"])["confusion"] == result["student"]["confusion"]
-    assert scores(kept["teacher"], kept["labels"])["loss"] == result["teacher"]["loss"]
-    assert kept["names"][5].endswith("test/plain/1.png") and kept["classes"].tolist() == ["blob", "plain", "stripes"]
+    content: Predictions = read_predictions(out / "predictions.npz")
+    assert scores(content.logits["student"], content.labels)["confusion"] == result["student"]["confusion"]
+    assert scores(content.logits["teacher"], content.labels)["loss"] == result["teacher"]["loss"]
+    assert content.names[5].endswith("test/plain/1.png") and content.classes == ["blob", "plain", "stripes"]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -304,9 +370,9 @@ def test_a_phone_shows_it_without_sideways_scrolling_requests_or_complaints(run,
             window.open(run / "report.html", width, scheme)
             assert window.value("innerWidth") == width
             assert window.value("document.documentElement.scrollWidth <= innerWidth")
-            assert window.value("[...document.images].every(one => one.complete && one.naturalWidth > 0)")
-            asked = [address for address in window.requests() if not address.startswith("data:")]
-            assert asked == [(run / "report.html").as_uri()] and window.complaints() == []
+            assert window.value("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
+            requests = [address for address in window.requests() if not address.startswith("data:")]
+            assert requests == [(run / "report.html").as_uri()] and window.complaints() == []
             light = window.value("getComputedStyle(document.body).backgroundColor") == "rgb(251, 250, 248)"
             assert light == (scheme == "light")
             drawn = window.value("document.querySelector('picture img').currentSrc == "
