@@ -25,9 +25,9 @@ def main(argv: list[str]) -> int:
     try:
         if name not in COMMANDS:
             raise BadInput(f"{name}: no such command{cli.nearest(name, list(COMMANDS))}")
-        # imported only now, because a tool may load libraries that the others do without
-        room = "kd.bench" if name == "bench" else f"kd.tools.{name}"
-        importlib.import_module(room).main(arguments)
+        # imported here, because most tools load libraries that the others do without
+        module = importlib.import_module("kd.bench" if name == "bench" else f"kd.tools.{name}")
+        module.main(arguments)
     except (BadInput, TrainingFault) as error:
         cli.fail(error, error.status, f"kd {name}" if name in COMMANDS else "kd")
     return 0
