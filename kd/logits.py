@@ -37,7 +37,7 @@ def pack(logits: Tensor, topk: int, temperature: float) -> Tensor:
     """Logits `(B, C)` to float32 rows `(B, 2·topk + 1)`: values, classes (bits of int32), fill value."""
     values, classes = logits.float().topk(topk, dim=1)
     others = logits.float().scatter(1, classes, -math.inf)
-    # C − k classes with logit `fill` have the probability of `others`: (C − k)·exp(fill/T) = Σ exp(others/T)
+    # C − k classes with this logit are as probable as the others: (C − k)·exp(fill/T) = Σ exp(others/T)
     fill = temperature * (torch.logsumexp(others / temperature, dim=1) - math.log(logits.shape[1] - topk))
     return torch.cat([values, classes.int().view(torch.float32), fill[:, None]], dim=1)
 
@@ -61,10 +61,13 @@ class LogitStore:
 
     def __init__(self, folder: Path, key: dict[str, Any], samples: int, classes: int, topk: int = 0,
                  temperature: float = 1.0) -> None:
-        """key: everything that determines the logits; another key is another store.
+        """Open the store, or create it.
 
-        samples, classes: the size of the split, N, and C. topk: how many of the C logits are
-        stored; 0, or C and more: all of them. temperature: the T of the fill value.
+        key           everything that determines the logits; another key is another store
+        samples       N, the size of the split
+        classes       C
+        topk          how many of the C logits are stored; 0, or C and more: all of them
+        temperature   T, at which the others keep their total probability
 
         Raises BadInput for a folder that cannot be written, TrainingFault for a full disk.
         """

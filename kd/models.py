@@ -84,8 +84,11 @@ def check(flag: str, name: str, weights: str = "none") -> None:
         _weights_path(flag, weights)
 
 
-def check_size(model: nn.Module, size: int) -> nn.Module:
-    """Return `model`; raise BadInput if it does not take `size` × `size` pixels, as a ViT of a fixed size."""
+def check_size(model: nn.Module, size: int) -> None:
+    """Raise BadInput if `model` does not take `size` × `size` pixels, such as a ViT of a fixed size.
+
+    Leaves the model in eval mode.
+    """
     model.eval()
     try:
         with torch.no_grad():
@@ -94,7 +97,6 @@ def check_size(model: nn.Module, size: int) -> nn.Module:
         declared = _declared(model)
         raise BadInput(f"--size {size}: {declared['architecture']} takes no pictures of that size ({error}); it "
                        f"declares {declared['input_size'][-1]}") from error
-    return model
 
 
 def create(flag: str, name: str, classes: tuple[str, ...], weights: str = "none",
@@ -204,7 +206,7 @@ def _load_weights(model: nn.Module, path: Path, say: Callable[[str], None]) -> N
 # Models in use
 
 def freeze(model: nn.Module) -> nn.Module:
-    """Put `model` into eval mode, where BatchNorm's running statistics stay fixed, and switch gradients off."""
+    """Eval mode, where BatchNorm's running statistics stay fixed, and no gradients. Returns `model`."""
     return model.eval().requires_grad_(False)
 
 

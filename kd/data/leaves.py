@@ -38,9 +38,10 @@ SKINS = np.array([(.42, .27, .20), (.55, .36, .27), (.33, .21, .17), (.70, .50, 
 def draw(split: str, index: int, seed: int = 0, side: int = 256) -> tuple[Image.Image, int]:
     """Draw one picture: RGB, `side` × `side` pixels, and its label, a position in CLASSES (index modulo 3).
 
-    The same bytes come out whatever was drawn before, under one version of NumPy and Pillow. Raises
-    ValueError for an unknown split or a side below 16, IndexError for an index outside of the
-    split.
+    The same bytes come out whatever was drawn before, under one version of NumPy and Pillow.
+
+    Raises ValueError for an unknown split or a side below 16, IndexError for an index outside of
+    the split.
     """
     if split not in SIZES:
         raise ValueError(f"unknown split {split!r}; choose one of {', '.join(SIZES)}")

@@ -37,8 +37,7 @@ def open_dataset(name: str, seed: int = 0, say: Say = print) -> Dataset:
     The dataset has the splits train, validation and test; every label is a class that train has. A
     missing split is carved from train, which is all that `seed` decides.
 
-    Raises BadInput where the dataset cannot be found, reached or used, TrainingFault for a full
-    disk.
+    Raises BadInput where the dataset cannot be found, reached or used; TrainingFault for a full disk.
     """
     folder = Path(name).expanduser()
     with _errors_in_one_line(name):
