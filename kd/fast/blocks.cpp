@@ -1,19 +1,25 @@
-// Convolution + BatchNorm(train) + clamp, forward and backward, for AVX-512 CPUs: the kernels of fast_cpu.py.
+// Convolution + BatchNorm (training) + clamp, forward and backward, for AVX-512 CPUs: the kernels
+// behind kd/fast/blocks.py.
 //
-// The plain step is bound by memory: around each convolution, BatchNorm and ReLU6 read and write the whole
-// activation some ten times forward and back. Here a layer i is one call each way and keeps only y_i, what the
-// convolution gave, and per channel the line z = scale*y + shift that BatchNorm amounts to once its statistics are
-// known. a_i = clamp(z) is never stored: whoever needs it recomputes it while y_i passes through the cache.
+// The plain step is bound by memory traffic. Around each convolution, BatchNorm and ReLU6 read and
+// write the whole activation some ten times, forward and back. Here a layer i is one call each way. It
+// keeps only y_i, the output of the convolution, and for each channel the line z = scale*y + shift
+// that BatchNorm amounts to once its statistics are known. a_i = clamp(z) is never stored: whoever
+// needs it computes it again while y_i passes through the cache.
 //
-//   forward,  layer i:  read y_{i-1}, write y_i, and sum the statistics of y_i while it is still in cache
-//   backward, layer i:  read g_i, y_i, y_{i-1}, write g_{i-1} = dL/dz_{i-1}, and sum what BatchNorm's backward needs
+//   forward,  layer i:  read y_{i-1}, write y_i, sum the statistics of y_i while it is in the cache
+//   backward, layer i:  read g_i, y_i and y_{i-1}, write g_{i-1} = dL/dz_{i-1}, and sum what the
+//                       backward of BatchNorm needs
 //
-// BatchNorm backward (Ioffe & Szegedy 2015, section 3), with g = dL/dz, xh = (y - mean)*invstd, m values a channel:
-//   dbeta = sum g,   dgamma = sum g*xh,   dL/dy = gamma*invstd*(g - dbeta/m - xh*dgamma/m) = p*g + q*y + r,
-// so it too is two multiply-adds on load, with p, q, r fixed per channel once the sums are known.
+// Backward of BatchNorm (Ioffe & Szegedy 2015, section 3), with g = dL/dz, xh = (y - mean)*invstd and
+// m values in a channel:
+//   dbeta = sum g,   dgamma = sum g*xh
+//   dL/dy = gamma*invstd*(g - dbeta/m - xh*dgamma/m) = p*g + q*y + r
+// So it is two multiply-adds while loading, with p, q and r fixed for a channel once the sums are known.
 //
-// Storage type T is float or bfloat16; arithmetic, statistics and weights are float32, sums over rows double.
-// Deterministic: thread t always takes the same rows, and the partial sums are added in the order of t.
+// The storage type T is float or bfloat16. Arithmetic, statistics and weights are float32; sums over
+// rows are double. Results are deterministic: thread t always takes the same rows, and partial sums are
+// added in the order of t.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -32,8 +38,8 @@ using OptTensor = const std::optional<Tensor>&;
 
 constexpr long up(long n, long to) { return (n + to - 1) / to * to; }
 
-// A block of channels: all 16 (All), or the last few (Mask); which one is known at compile time, since masked
-// accesses are slow.
+// A block of channels: all 16 (All), or the last few (Mask). Which of the two is a type, known when
+// compiling, because masked accesses are slow.
 struct All {};
 template <class F> inline __attribute__((always_inline)) void blocks(long C, const F& f) {
   long c = 0;
@@ -68,8 +74,9 @@ inline void accumulate(double* p, V v) {            // p[0..16) += v
 }
 
 // ---- matrix product --------------------------------------------------------------------------------------------
-// C (m, 16*nv) = or += A (m, kw) B (kw, 16*nv), in 32-bit words: a word is one float, or two bfloat16 neighbours
-// along the summed dimension (what vdpbf16ps multiplies). Operands lie in scratch, padded, so no column tails.
+// C (m, 16*nv) = or += A (m, kw) B (kw, 16*nv), in 32-bit words. A word is one float, or two bfloat16
+// neighbours along the summed dimension, which is what vdpbf16ps multiplies. Operands lie in scratch
+// and are padded, so there are no column tails.
 template <class T> constexpr long per = sizeof(float) / sizeof(T);
 
 template <class T> inline V madd(V a, V b, V c) {
@@ -114,8 +121,8 @@ void gemm(long m, long nv, long kw, const float* A, long row, long col, const fl
   }
 }
 
-// Two consecutive rows of 16 channels into scratch: `rows` is the (row, channel) matrix to sum over channels,
-// `pairs` the one to sum over rows. In float they are the same matrix and only `rows` is written.
+// Two consecutive rows of 16 channels into scratch. `rows` is the (row, channel) matrix to sum over
+// channels, `pairs` is the one to sum over rows. In float they are the same, and only `rows` is written.
 template <class T> inline void put(float* rows, float* pairs, long ld, long r, long c, V v0, V v1) {
   if constexpr (per<T> == 1) {
     store(rows + r * ld + c, v0), store(rows + (r + 1) * ld + c, v1);
@@ -126,8 +133,9 @@ template <class T> inline void put(float* rows, float* pairs, long ld, long r, l
   }
 }
 
-// m rows of value(row, channel, lanes), in the order of memory: a walk down a block of 16 channels would keep the
-// coefficients in registers, but jumps from row to row, which no prefetcher follows, and takes twice as long.
+// m rows of value(row, channel, lanes), in the order of memory. A walk down a block of 16 channels would
+// keep the coefficients in registers, but it jumps from row to row, which no prefetcher follows: it takes
+// twice as long.
 template <class T, class F> inline void put_all(const F value, float* rows, float* pairs, long ld, long C, long m) {
   const V none = _mm512_setzero_ps();
   for (long r = 0; r < m; r += 2)
@@ -136,7 +144,7 @@ template <class T, class F> inline void put_all(const F value, float* rows, floa
     });
 }
 
-// P[r / per][c] = src[r*sr + c*sc], zero beyond (R, C): the weight as gemm's B.
+// The weight as gemm's B: P[r / per][c] = src[r*sr + c*sc], and zero beyond (R, C).
 template <class T> std::vector<float> pack(const float* src, long R, long C, long sr, long sc) {
   const long ld = up(C, 16), R2 = up(R, 2);
   std::vector<float> P(R2 * ld);
@@ -153,7 +161,8 @@ template <class T> std::vector<float> pack(const float* src, long R, long C, lon
 }
 
 // ---- BatchNorm -------------------------------------------------------------------------------------------------
-struct Norm {                                       // the norm and clamp that turn y into a; rows of one (4, C) tensor
+// The norm and clamp that turn y into a. Its numbers are the rows of one (4, C) tensor.
+struct Norm {
   const float *mean, *invstd, *scale, *shift;
   float lo, hi;
   Norm(const Tensor& t, double lo, double hi) : mean(t.const_data_ptr<float>()), invstd(mean + t.size(1)),
@@ -183,7 +192,8 @@ template <class T> struct Sloped {                  // rows of dL/dy = p*g + q*y
   Sloped from(long row) const { return {g + row * C, y + row * C, C, coef}; }
 };
 
-// Per thread and channel: two sums. Statistics are taken about the thread's first row, so nothing cancels.
+// Two sums for each thread and channel. Statistics are taken about the thread's first row: digits would
+// cancel if they were taken about 0.
 struct Sums {
   long C, Cp, n;
   std::vector<double> s;
@@ -193,7 +203,7 @@ struct Sums {
   const double* first(long t) const { return &s[t * 2 * Cp]; }
   const double* second(long t) const { return &s[(t * 2 + 1) * Cp]; }
 
-  V center(long t, long c, V first) {               // the thread's first row, once it is known
+  V center(long t, long c, V first) {               // the thread's first row, as soon as there is one
     if (!count[t]) store(&about[t * Cp + c], first);
     return load(&about[t * Cp + c]);
   }
@@ -225,7 +235,8 @@ struct Sums {
     return out;
   }
 
-  // From sum g and sum g*(y - mean) over `rows`: the Slope's (3, C), dgamma and dbeta, as one (5, C) tensor.
+  // From sum g and sum g*(y - mean) over `rows`: p, q and r of dL/dy, dgamma and dbeta, as one
+  // (5, C) tensor.
   Tensor slope(const Norm& norm, double rows) {
     Tensor out = at::empty({5, C}, at::kFloat);
     float* o = out.data_ptr<float>();
@@ -309,7 +320,8 @@ void dense_forward(const F& input, const float* W, T* y, Sums& sums, long M, lon
   });
 }
 
-// g = dL/dz from dL/da = da(row, channel, lanes), zero where the clamp holds, and BatchNorm's two sums; s is scratch.
+// g = dL/dz from dL/da = da(row, channel, lanes): zero where the clamp holds. Also the two sums of
+// BatchNorm's backward. s is scratch.
 template <class T, class F>
 void through_clamp(const F da, const Normed<T> a, const T* skip, T* g, long m, std::vector<float>& s, Sums& sums,
                    long t) {
@@ -327,7 +339,7 @@ void through_clamp(const F da, const Normed<T> a, const T* skip, T* g, long m, s
   for (long c = 0; c < Cp; c += 16) sums.add(t, c, load(s1 + c), load(s2 + c));
 }
 
-// dL/dy from g and y; dW (N, K) = dL/dy^T a; g_in = dL/dz of the input, unless it is the image (g_in null).
+// dL/dy from g and y, dW (N, K) = dL/dy^T a, and g_in = dL/dz of the input. For the image g_in is null.
 template <class T, class F>
 void dense_backward(const F& input, const Normed<T>& a, const Sloped<T>& dy, const float* W, const T* skip, T* g_in,
                     float* dW, Sums& sums, long M, long K, long N) {
@@ -360,8 +372,9 @@ void dense_backward(const F& input, const Normed<T>& a, const Sloped<T>& dy, con
 }
 
 // ---- depthwise 3x3 convolution, padding 1, stride 1 or 2 ---------------------------------------------------------
-// Rows live in rings of three, float, [channel / 16][column][16], so that the nine taps of a pixel are neighbours.
-// Ring r holds image row `row` at slot row % 3; fill(row, buffer) makes a row on first need; outside rows are zero.
+// Rows live in rings of three, in float, as [channel / 16][column][16]: the nine taps of a pixel are
+// neighbours. A ring holds the image's row `row` at slot row % 3. fill(row, buffer) makes a row when it
+// is first needed. Rows outside the image are zero.
 struct Ring {
   long size, held[3] = {-1, -1, -1};
   std::vector<float> buffer;
@@ -380,7 +393,7 @@ inline std::vector<float> taps(const float* W, long C) {   // (C, 9) -> [C / 16]
   return out;
 }
 
-// A row from memory into scratch, `step` columns apart, after the zero column at its left.
+// A row from memory into scratch: `step` columns apart, after the column of zeros at its left.
 template <class F> inline void spread(const F value, float* to, long pitch, long columns, long step, long C) {
   for (long i = 0; i < columns; i++)
     blocks(C, [=](long c, auto k) { store(to + c / 16 * pitch + 16 * (i * step + 1), value(i, c, k)); });
@@ -431,8 +444,9 @@ void depthwise_forward(const Normed<T>& input, const float* W, T* y, Sums& sums,
   });
 }
 
-// 16 channels of one input row: each dL/dy value meets its weight for dL/da, and a for dW, in the same visit. dL/dy
-// rows are spread to the input's columns, zeros between where stride is 2; bit kh of ROWS says whether kh has a row.
+// 16 channels of one input row. Each value of dL/dy meets its weight for dL/da, and a for dW, in the
+// same visit. Rows of dL/dy are spread to the input's columns, with zeros between them where the stride
+// is 2. Bit kh of ROWS says whether there is a row for kh.
 template <int ROWS>
 void depthwise_in(const float* d0, const float* d1, const float* d2, const float* w, const float* a, float* da, float* dw,
                   long WI) {
@@ -496,7 +510,7 @@ Tensor identity(long C) {
 constexpr double inf = std::numeric_limits<double>::infinity();
 bool is_depthwise(const Tensor& w) { return w.size(1) == 1 && w.size(2) == 3; }
 
-// x: y_{i-1} and its norm, or (image) a float tensor of any layout. Gives y_i and its norm.
+// x is y_{i-1}, and norm its norm; or x is the image, a float tensor of any layout. Returns y_i and its norm.
 std::tuple<Tensor, Tensor> conv_forward(const Tensor& x, OptTensor norm, double lo, double hi, const Tensor& w,
     long stride, bool image, const Tensor& gamma, const Tensor& beta, const Tensor& rmean, const Tensor& rvar,
     double momentum, double eps, bool half) {
@@ -519,8 +533,8 @@ std::tuple<Tensor, Tensor> conv_forward(const Tensor& x, OptTensor norm, double 
   return {y, sums.norm(gamma, beta, rmean, rvar, momentum, eps)};
 }
 
-// g = dL/dz_i, slope_i (5, C), y_i, then the layer's input as in conv_forward; skip is added to the result (residual).
-// Gives g_{i-1}, dW, slope_{i-1}.
+// Takes g = dL/dz_i, slope_i (5, C), y_i, then the layer's input as in conv_forward. skip, the gradient
+// of the residual, is added to the result. Returns g_{i-1}, dW and slope_{i-1}.
 std::tuple<Tensor, Tensor, Tensor> conv_backward(const Tensor& g, const Tensor& slope, const Tensor& y, const Tensor& x,
     OptTensor norm, double lo, double hi, const Tensor& w, long stride, bool image, OptTensor skip) {
   const Tensor nt = norm ? *norm : identity(x.size(1));
@@ -543,7 +557,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(const Tensor& g, const Tensor& 
   return {g_in, dw, sums.slope(nm, x.numel() / C)};
 }
 
-// The end of a chain, where a must exist: clamp(scale*y + shift), plus the block's input where there is a residual.
+// The end of a chain, where a must exist in memory: clamp(scale*y + shift), plus the block's input where
+// there is a residual.
 Tensor norm_forward(const Tensor& y, const Tensor& norm, double lo, double hi, OptTensor skip) {
   Tensor out = at::empty_like(y);
   const Norm nm(norm, lo, hi);
@@ -564,7 +579,8 @@ Tensor norm_forward(const Tensor& y, const Tensor& norm, double lo, double hi, O
   return out;
 }
 
-// Its backward: dL/dz from dL/da (the same tensor where nothing is clamped), and the slope.
+// Backward of norm_forward: dL/dz from dL/da, and the slope. Where nothing is clamped, dL/dz is the
+// tensor of dL/da itself.
 std::tuple<Tensor, Tensor> norm_backward(const Tensor& da, const Tensor& y, const Tensor& norm, double lo, double hi) {
   const bool clamped = lo > -inf || hi < inf;
   Tensor g = clamped ? at::empty_like(y) : da;
@@ -587,7 +603,7 @@ std::tuple<Tensor, Tensor> norm_backward(const Tensor& da, const Tensor& y, cons
 }
 }  // namespace
 
-TORCH_LIBRARY(kd_fast_cpu, m) {
+TORCH_LIBRARY(kd_blocks, m) {
   m.def("conv_forward(Tensor x, Tensor? norm, float lo, float hi, Tensor w, int stride, bool image, Tensor gamma, "
         "Tensor beta, Tensor(a!) rmean, Tensor(b!) rvar, float momentum, float eps, bool half) -> (Tensor, Tensor)",
         &conv_forward);

@@ -1,9 +1,9 @@
-"""A frozen model, as fast as its device runs it.
+"""A frozen teacher, compiled: the same logits within rounding, sooner on some CPUs.
 
-Inductor's freezing takes the weights for constants: BatchNorm is folded into the convolutions before it, and weights
-are laid out once as the kernels want them. On some CPUs it doubles a ResNet-50, on others it gives 6 %, and it takes
-some 20 s: worth it only for a teacher with work enough. That is decided by counted operations and never by the clock: a
-run that is resumed must decide alike.
+Inductor's "freezing" treats the weights as constants. It folds each BatchNorm into the convolution
+before it, and lays the weights out once as the kernels want them. On some CPUs that doubles the speed
+of a ResNet-50, on others it gains 6 %. Compiling takes some 20 s, so it pays only for a teacher with
+enough work. The work is counted in operations, not timed: a run that is resumed must decide the same.
 """
 
 import sys
@@ -14,11 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-WORTH = 2e13  # operations: some two minutes of two cores
+WORTH_COMPILING = 2e13  # floating-point operations: about two minutes of two cores
 
 
-def work(model: nn.Module, images: int, size: int) -> float:
-    """Floating-point operations of `model` on that many square RGB images, a multiply-add counted as two."""
+def count_operations(model: nn.Module, images: int, size: int) -> float:
+    """Floating-point operations of `model` on square RGB images; a multiply-add counts as two.
+
+    images  their number
+    size    their side, in pixels
+    """
     device = next(model.parameters()).device
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, 3, size, size, device=device))
@@ -26,22 +30,29 @@ def work(model: nn.Module, images: int, size: int) -> float:
 
 
 def worth_compiling(model: nn.Module, images: int, size: int, compile: str) -> bool:
-    """Whether to compile a frozen model for that many images; compile: auto, on or off."""
-    return compile == "on" or (compile == "auto" and work(model, images, size) > WORTH)
+    """Whether to compile a frozen model that will see `images` images of size x size pixels.
+
+    compile  "on" and "off" decide; "auto" compiles if there is enough work
+    """
+    if compile == "auto":
+        return count_operations(model, images, size) > WORTH_COMPILING
+    return compile == "on"
 
 
 def compile_frozen(model: nn.Module, batch_size: int, compile: bool) -> Callable[[Tensor], Tensor]:
-    """`model` (frozen, in eval mode) as a function of `(B, 3, H, W)`, compiled on its first call where `compile`.
+    """The frozen model in eval mode as a function of (B, 3, H, W), compiled at its first call.
 
-    Equal to the model within 1e-4 of the largest logit; under bf16 autocast within 2e-2, the rounding of that. It is
-    compiled for `batch_size` alone: other batches are cut and padded to it, since each new shape would be compiled
-    again. Without a compiler it is the model itself.
+    Its logits are within 1e-4 of the largest logit of the plain model's; under bfloat16 autocast
+    within 2e-2, which is the rounding of bfloat16. Each new shape would be compiled anew, so it is
+    compiled for `batch_size` only: a larger batch is cut, a smaller one padded.
+
+    Without a C++ compiler, or with compile=False, it is the model itself.
     """
     if not compile:
         return model
     compiled = torch.compile(model, dynamic=False, options={"freezing": True})
 
-    def answer(x: Tensor) -> Tensor:
+    def logits_of(x: Tensor) -> Tensor:
         nonlocal compiled
         parts = []
         for part in x.split(batch_size):
@@ -55,4 +66,4 @@ def compile_frozen(model: nn.Module, batch_size: int, compile: bool) -> Callable
             parts.append(logits[:len(part)])
         return torch.cat(parts)
 
-    return answer
+    return logits_of

@@ -1,24 +1,30 @@
-"""The distillation loss and its gradient in one visit to each row, on CUDA, in Triton.
+"""The distillation loss and its gradient on CUDA, in one visit to each row, in Triton.
 
-The algebra is at the top of kd/losses.py.  For one row, with ds = s − max s and dt = t − max t, five sums are all
-that ties the classes together:
+The algebra is at the top of kd/losses.py. For one row, with ds = s − max s and dt = t − max t, only
+five numbers tie the classes together:
 
-    z₁ = Σ exp(ds)    z = Σ exp(ds/T)    zₜ = Σ exp(dt/T)    Σ u·(dt − ds), u = exp(dt/T)    s at the label
+    z1 = Σ exp(ds)    z = Σ exp(ds/T)    zt = Σ exp(dt/T)    dot = Σ u·(dt − ds), u = exp(dt/T)
+    ds at the label
 
-    CE = log z₁ − ds[label]
-    KL = Σ p·(log p − log q) = Σ u·(dt − ds) / (T·zₜ) + log(z/zₜ)        since log p = dt/T − log zₜ, log q likewise
-    gradient = (1 − λ)·(exp(ds)/z₁ − y) + λ·T·(exp(ds/T)/z − u/zₜ)
+    CE = log z1 − ds[label]
+    KL = Σ p·(log p − log q) = dot / (T·zt) + log(z/zt)
+         since log p = dt/T − log zt, and log q = ds/T − log z
+    gradient = (1 − λ)·(exp(ds)/z1 − y) + λ·T·(exp(ds/T)/z − u/zt)
 
-Subtracting the maxima first makes every exponent ≤ 0 (no overflow) and the differences nearly exact.  One ratio in
-the logarithm, not a difference of two, because the two are nearly equal whenever the KL is small.
+Subtracting the maxima first makes every exponent ≤ 0, so nothing overflows, and makes the differences
+nearly exact. The KL has one logarithm of a ratio, not a difference of two logarithms: they are nearly
+equal whenever the KL is small.
 
-One program computes one row.  `row_kernel` holds the row in registers: each logit is read once and the gradient
-written once, 3·B·C elements of traffic, the least there can be.  A longer row does not fit; `block_kernel` goes
-through it twice in blocks: first the three sums, by the online softmax (Milakov & Gimelshein, arXiv:1805.02867), then
-the gradient and the rest: 5·B·C elements, of which the second reading may come from the L2 cache.
+One program computes one row. `row_kernel` holds the row in registers: each logit is read once and the
+gradient written once. That is 3·B·C elements of memory traffic, the least there can be. A longer row
+does not fit, so `block_kernel` goes through it twice in blocks. The first sweep takes the three sums,
+by the online softmax (Milakov & Gimelshein, arXiv:1805.02867); the second takes the gradient and the
+rest. That is 5·B·C elements, of which the second reading may come from the L2 cache.
 
-A label out of range cannot raise without waiting for the device; it makes the loss and its row's gradient NaN.
+A label out of range cannot raise an error without waiting for the device. It makes the loss and the
+gradient of its row NaN.
 """
+
 from math import gcd
 
 import torch
@@ -26,172 +32,172 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# A thread holds 8 classes, of which three exponentials each are alive at once, and a program has at most 1,024
-# threads, of 64 registers each. 16 classes a thread spill.
+from kd import losses
+
+NO_LABEL = tl.constexpr(losses.NO_LABEL)  # a kernel can read a global only if it is a constexpr
+
+# A thread holds 8 classes, and three exponentials of each are alive at the same time. A program has
+# at most 1,024 threads, of 64 registers each. With 16 classes a thread, registers spill to memory.
 CLASSES_PER_THREAD = 8
 MAX_ROW = CLASSES_PER_THREAD * 1024
-BLOCK = 4096  # of the kernel for longer rows
+BLOCK = 4096  # of block_kernel, for longer rows
 
 
 @triton.jit
 def _load(ptr, j, mask):
-    """Logits as fp32; −inf past the end of the row, which is a class of probability 0."""
+    """Logits in fp32; −inf past the end of the row, which is a class of probability 0."""
     return tl.load(ptr + j, mask=mask, other=float("-inf")).to(tl.float32)
 
 
 @triton.jit
-def _loss(z1, z, zt, dot, ds_label, sum_ds, C, T, kd_weight, smoothing, HARD: tl.constexpr, SOFT: tl.constexpr):
-    """A row's loss. A term of weight 0 is left out, not multiplied by 0: it may be infinite."""
+def _ce_weight(label, C, kd_weight):
+    """The weight of a row's CE: 1 − λ, 0 for a row without a label, NaN for a label out of range."""
+    no_class = tl.where(label == NO_LABEL, 0.0, float("nan"))
+    return tl.where((label >= 0) & (label < C), 1 - kd_weight, no_class)
+
+
+@triton.jit
+def _loss(z1, z, zt, dot, ds_label, ce_weight, T, kd_weight, CE: tl.constexpr, KL: tl.constexpr):
+    """A row's loss. A term of weight λ = 0 or 1 − λ = 0 is left out, because 0·∞ is not 0."""
     loss = 0.0
-    if HARD:
-        log_z1 = tl.log(z1)
-        ce = log_z1 - (1 - smoothing) * ds_label
-        ce -= tl.where(smoothing > 0, smoothing * sum_ds / C, 0.0)
-        loss += (1 - kd_weight) * ce
-    if SOFT:
+    if CE:
+        loss += ce_weight * (tl.log(z1) - ds_label)
+    if KL:
         loss += kd_weight * T * T * (dot / (T * zt) + tl.log(z / zt))
     return loss
 
 
 @triton.jit
-def _gradient(e1, e, u, j, label, z1, z, zt, C, T, kd_weight, smoothing, scale, HARD: tl.constexpr,
-              SOFT: tl.constexpr):
+def _gradient(e1, e, u, j, label, z1, z, zt, ce_weight, T, kd_weight, scale, CE: tl.constexpr,
+              KL: tl.constexpr):
     """scale · ∂loss/∂s, from exponentials and sums: differences first, the common factor last."""
-    g = tl.zeros_like(e1 if HARD else e)
-    if HARD:
-        y = tl.where(j == label, 1 - smoothing, 0.0) + smoothing / C
-        g += (1 - kd_weight) * (e1 * (1 / z1) - y)
-    if SOFT:
+    g = tl.zeros_like(e1 if CE else e)
+    if CE:
+        y = tl.where(j == label, 1.0, 0.0)
+        g += ce_weight * (e1 * (1 / z1) - y)
+    if KL:
         g += kd_weight * T * (e * (1 / z) - u * (1 / zt))
     return g * scale
 
 
 @triton.jit
-def _row_scale(label, kept_ptr, C, ignored, gradient_scale):
-    """1/n, as everything of a row is multiplied by; NaN for a label that is neither ignored nor a class."""
-    n = tl.maximum(tl.load(kept_ptr), 1)
-    scale = gradient_scale / n.to(tl.float32)
-    return tl.where(ignored | ((label >= 0) & (label < C)), scale, float("nan"))
-
-
-@triton.jit
-def row_kernel(s_ptr, t_ptr, label_ptr, kept_ptr, grad_ptr, loss_ptr, C, s_stride, t_stride, grad_stride, T,
-               kd_weight, smoothing, gradient_scale, ignore_index, HARD: tl.constexpr, SOFT: tl.constexpr,
+def row_kernel(s_ptr, t_ptr, label_ptr, grad_ptr, loss_ptr, C, s_stride, t_stride, grad_stride, T,
+               kd_weight, row_weight, gradient_scale, CE: tl.constexpr, KL: tl.constexpr,
                ALIGN: tl.constexpr, BLOCK: tl.constexpr):
-    """One row in registers; BLOCK ≥ C. Sizes come divided by ALIGN, so that the compiler knows what they are
-    multiples of and moves 16 bytes at a time."""
+    """One row in registers; BLOCK ≥ C. row_weight is the 1/B of the mean.
+
+    Sizes and strides come divided by ALIGN. The compiler then knows what they are multiples of, and
+    moves 16 bytes at a time.
+    """
     C = C * ALIGN
     inverse_t = 1 / T
     row = tl.program_id(0).to(tl.int64)
-    label = tl.load(label_ptr + row)
-    ignored = label == ignore_index
     j = tl.arange(0, BLOCK)
     inside = j < C
+    label, ce_weight = NO_LABEL, 0.0
+    if CE:  # at λ = 1 no label is read
+        label = tl.load(label_ptr + row)
+        ce_weight = _ce_weight(label, C, kd_weight)
+
     s = _load(s_ptr + row * (s_stride * ALIGN), j, inside)
     ds = s - tl.max(s, axis=0)
     e1, e, u = ds, ds, ds
-    z1, z, zt, dot, ds_label, sum_ds = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
-    if HARD:
+    z1, z, zt, dot, ds_label = 0.0, 0.0, 0.0, 0.0, 0.0
+    if CE:
         e1 = tl.exp(ds)
         z1 = tl.sum(e1, axis=0)
         ds_label = tl.sum(tl.where(j == label, ds, 0.0), axis=0)
-        sum_ds = tl.sum(tl.where(inside, ds, 0.0), axis=0)
-    if SOFT:
+    if KL:
         t = _load(t_ptr + row * (t_stride * ALIGN), j, inside)
         dt = t - tl.max(t, axis=0)
         e = tl.exp(ds * inverse_t)
         u = tl.exp(dt * inverse_t)
         z = tl.sum(e, axis=0)
         zt = tl.sum(u, axis=0)
-        dot = tl.sum(tl.where(u > 0, u * (dt - ds), 0.0), axis=0)  # 0·(−∞) is 0 here
+        dot = tl.sum(tl.where(u > 0, u * (dt - ds), 0.0), axis=0)  # 0·(−∞) counts as 0
 
-    scale = _row_scale(label, kept_ptr, C, ignored, gradient_scale)
-    loss = _loss(z1, z, zt, dot, ds_label, sum_ds, C, T, kd_weight, smoothing, HARD, SOFT)
-    loss *= scale / gradient_scale
-    tl.store(loss_ptr + row, tl.where(ignored, 0.0, loss))
-    grad = _gradient(e1, e, u, j, label, z1, z, zt, C, T, kd_weight, smoothing, scale, HARD, SOFT)
-    tl.store(grad_ptr + row * (grad_stride * ALIGN) + j, tl.where(ignored, 0.0, grad), mask=inside)
+    loss = _loss(z1, z, zt, dot, ds_label, ce_weight, T, kd_weight, CE, KL)
+    tl.store(loss_ptr + row, loss * row_weight)
+    grad = _gradient(e1, e, u, j, label, z1, z, zt, ce_weight, T, kd_weight,
+                     row_weight * gradient_scale, CE, KL)
+    tl.store(grad_ptr + row * (grad_stride * ALIGN) + j, grad, mask=inside)
 
 
 @triton.jit
 def _online(m, x):
-    """The new maximum, and 0 in its place while all is −inf, so that −inf − (−inf) never comes up."""
+    """The new maximum, and what to subtract from the logits.
+
+    That is the maximum, or 0 as long as all logits are −inf, because −inf − (−inf) is NaN.
+    """
     new = tl.maximum(m, tl.max(x, axis=0))
     return new, tl.where(new == float("-inf"), 0.0, new)
 
 
 @triton.jit
-def block_kernel(s_ptr, t_ptr, label_ptr, kept_ptr, grad_ptr, loss_ptr, C, s_stride, t_stride, grad_stride, T,
-                 kd_weight, smoothing, gradient_scale, ignore_index, HARD: tl.constexpr, SOFT: tl.constexpr,
+def block_kernel(s_ptr, t_ptr, label_ptr, grad_ptr, loss_ptr, C, s_stride, t_stride, grad_stride, T,
+                 kd_weight, row_weight, gradient_scale, CE: tl.constexpr, KL: tl.constexpr,
                  ALIGN: tl.constexpr, BLOCK: tl.constexpr):
-    """One row in blocks, for any C. The gradient may lie over the student's logits: a block is read before it is
-    written, and never read again."""
+    """One row in blocks, for any C. The arguments are those of row_kernel."""
     C = C * ALIGN
     inverse_t = 1 / T
     row = tl.program_id(0).to(tl.int64)
-    label = tl.load(label_ptr + row)
-    ignored = label == ignore_index
+    label, ce_weight = NO_LABEL, 0.0
+    if CE:
+        label = tl.load(label_ptr + row)
+        ce_weight = _ce_weight(label, C, kd_weight)
     s_ptr += row * (s_stride * ALIGN)
     t_ptr += row * (t_stride * ALIGN)
     grad_ptr += row * (grad_stride * ALIGN)
     offsets = tl.arange(0, BLOCK)
 
-    # Sweep 1: the maxima and the sums together. When a block raises the maximum from m to m', what was summed
-    # relative to m is brought to m' by exp(m − m').
+    # Sweep 1: the maxima and the sums together. When a block raises the maximum from m to m', a sum
+    # relative to m becomes one relative to m' by the factor exp(m − m').
     max_s, max_t = float("-inf"), float("-inf")
     z1, z, zt = 0.0, 0.0, 0.0
     for start in range(0, C, BLOCK):
         j = start + offsets
         s = _load(s_ptr, j, j < C)
         new_s, shift = _online(max_s, s)
-        if HARD:
-            z1 = z1 * tl.exp(max_s - shift) + tl.sum(tl.exp(s - shift), axis=0)
-        if SOFT:
-            z = z * tl.exp((max_s - shift) * inverse_t) + tl.sum(tl.exp((s - shift) * inverse_t), axis=0)
+        if CE:
+            z1 *= tl.exp(max_s - shift)
+            z1 += tl.sum(tl.exp(s - shift), axis=0)
+        if KL:
+            z *= tl.exp((max_s - shift) * inverse_t)
+            z += tl.sum(tl.exp((s - shift) * inverse_t), axis=0)
             t = _load(t_ptr, j, j < C)
             new_t, shift = _online(max_t, t)
-            zt = zt * tl.exp((max_t - shift) * inverse_t) + tl.sum(tl.exp((t - shift) * inverse_t), axis=0)
+            zt *= tl.exp((max_t - shift) * inverse_t)
+            zt += tl.sum(tl.exp((t - shift) * inverse_t), axis=0)
             max_t = new_t
         max_s = new_s
 
     # Sweep 2: the gradient, and the sums that need the final maxima.
-    scale = _row_scale(label, kept_ptr, C, ignored, gradient_scale)
-    dot, ds_label, sum_ds = 0.0, 0.0, 0.0
+    dot, ds_label = 0.0, 0.0
     for start in range(0, C, BLOCK):
         j = start + offsets
         ds = _load(s_ptr, j, j < C) - max_s
         e1, e, u = ds, ds, ds
-        if HARD:
+        if CE:
             e1 = tl.exp(ds)
             ds_label += tl.sum(tl.where(j == label, ds, 0.0), axis=0)
-            sum_ds += tl.sum(tl.where(j < C, ds, 0.0), axis=0)
-        if SOFT:
+        if KL:
             dt = _load(t_ptr, j, j < C) - max_t
             e = tl.exp(ds * inverse_t)
             u = tl.exp(dt * inverse_t)
             dot += tl.sum(tl.where(u > 0, u * (dt - ds), 0.0), axis=0)
-        grad = _gradient(e1, e, u, j, label, z1, z, zt, C, T, kd_weight, smoothing, scale, HARD, SOFT)
-        tl.store(grad_ptr + j, tl.where(ignored, 0.0, grad), mask=j < C)
-    loss = _loss(z1, z, zt, dot, ds_label, sum_ds, C, T, kd_weight, smoothing, HARD, SOFT)
-    loss *= scale / gradient_scale
-    tl.store(loss_ptr + row, tl.where(ignored, 0.0, loss))
-
-
-@triton.jit
-def count_kernel(label_ptr, kept_ptr, B, ignore_index, BLOCK: tl.constexpr):
-    """How many rows are kept; the row kernels need it before the first gradient is written, and it stays on the
-    device."""
-    n = tl.zeros((BLOCK,), dtype=tl.int32)
-    for start in range(0, B, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        n += tl.load(label_ptr + i, mask=i < B, other=ignore_index) != ignore_index
-    tl.store(kept_ptr, tl.sum(n, axis=0))
+        grad = _gradient(e1, e, u, j, label, z1, z, zt, ce_weight, T, kd_weight,
+                         row_weight * gradient_scale, CE, KL)
+        tl.store(grad_ptr + j, grad, mask=j < C)
+    loss = _loss(z1, z, zt, dot, ds_label, ce_weight, T, kd_weight, CE, KL)
+    tl.store(loss_ptr + row, loss * row_weight)
 
 
 @triton.jit
 def scale_kernel(grad_ptr, factor_ptr, C, stride, BLOCK: tl.constexpr):
-    """grad *= factor. Decided on the device: where the factor is 1 (no gradient scaler, no accumulation) nothing is
-    read or written, and the host need not know."""
+    """grad *= factor, decided on the device, so that the host need not wait for the factor.
+
+    Where the factor is 1, as it is without a gradient scaler, nothing is read or written.
+    """
     factor = tl.load(factor_ptr)
     if factor != 1.0:
         j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -208,38 +214,41 @@ def layout(C: int) -> tuple[triton.JITFunction, int, int]:
     return row_kernel, block, max(1, block // CLASSES_PER_THREAD // 32)
 
 
-def loss_and_grad_(student: Tensor, teacher: Tensor | None, labels: Tensor, temperature: float, kd_weight: float,
-                   ignore_index: int, label_smoothing: float, gradient_scale: float, grad: Tensor) -> Tensor:
-    """Writes gradient_scale · ∂loss/∂student over `grad` (which may be `student`); returns the loss, fp32.
+def loss_and_grad(student: Tensor, teacher: Tensor | None, labels: Tensor, temperature: float,
+                  kd_weight: float, gradient_scale: float) -> tuple[Tensor, Tensor]:
+    """The loss in fp32, and gradient_scale · ∂loss/∂student in the student's dtype.
 
-    student, teacher (B, C) fp32, bf16 or fp16, contiguous within a row; labels (B,) int64. kd/losses.py has checked.
+    student, teacher  (B, C) fp32, bf16 or fp16, contiguous within a row
+    labels            (B,) int64
+
+    kd/fast/fused_loss.py has checked all of it.
     """
     B, C = student.shape
     if teacher is None or kd_weight == 0:
         teacher = student  # never read
     labels = labels.contiguous()
     kernel, block, warps = layout(C)
-    losses = torch.empty(B, dtype=torch.float32, device=student.device)
-    kept = torch.empty((), dtype=torch.int32, device=student.device)
+    grad = torch.empty_like(student, memory_format=torch.contiguous_format)
+    row_losses = torch.empty(B, dtype=torch.float32, device=student.device)
     strides = student.stride(0), teacher.stride(0), grad.stride(0)
     align = gcd(C, *strides, 8)
-    with torch.cuda.device_of(student):
-        count_kernel[(1,)](labels, kept, B, ignore_index, BLOCK=1024)
-        if B:
-            kernel[(B,)](student, teacher, labels, kept, grad, losses, C // align, *(n // align for n in strides),
-                         temperature, kd_weight, label_smoothing, gradient_scale, ignore_index, HARD=kd_weight < 1,
-                         SOFT=kd_weight > 0, ALIGN=align, BLOCK=block, num_warps=warps)
-    return losses.sum()
+    if B:
+        with torch.cuda.device_of(student):
+            kernel[(B,)](student, teacher, labels, grad, row_losses,
+                         C // align, *(stride // align for stride in strides),
+                         temperature, kd_weight, 1 / B, gradient_scale,
+                         CE=kd_weight < 1, KL=kd_weight > 0, ALIGN=align, BLOCK=block, num_warps=warps)
+    return row_losses.sum(), grad
 
 
 def scale_(grad: Tensor, factor: Tensor) -> None:
     B, C = grad.shape
-    with torch.cuda.device_of(grad):
-        if B:
+    if B:
+        with torch.cuda.device_of(grad):
             scale_kernel[(B, triton.cdiv(C, 1024))](grad, factor, C, grad.stride(0), BLOCK=1024)
 
 
-def register() -> None:
-    """Makes these the CUDA kernels of `kd::loss_and_grad_` and `kd::scale_`, which kd/losses.py declares."""
-    torch.library.impl("kd::loss_and_grad_", "CUDA", loss_and_grad_)
-    torch.library.impl("kd::scale_", "CUDA", scale_)
+def register(device: str = "CUDA") -> None:
+    """Make these the kernels of `kd::loss_and_grad` and `kd::scale_` on the device, a dispatch key."""
+    torch.library.impl("kd::loss_and_grad", device, loss_and_grad)
+    torch.library.impl("kd::scale_", device, scale_)

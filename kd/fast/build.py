@@ -1,0 +1,86 @@
+"""Compiles a C++ extension on first use, keeps the library in torch's extension cache, and loads it.
+
+A later process finds the library there and only loads it. The cache is the folder that
+TORCH_EXTENSIONS_DIR names, else ~/.cache/torch_extensions.
+"""
+
+import hashlib
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+# Instruction sets by name, not -march=native: a cache on a shared disk must not hand the code of one
+# machine to another that cannot run it.
+INSTRUCTION_SETS = {
+    "AVX2": ("avx2", "fma", "f16c"),
+    "AVX512": ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"),
+}
+
+
+class BuildError(Exception):
+    """An extension cannot be compiled or loaded. The message is one line that says why."""
+
+
+def load(source: Path, flags: Sequence[str], seconds: int) -> None:
+    """Compile `source` unless the cache has it, and load it: its operators are in torch.ops then.
+
+    flags     for the compiler, beside -O3, OpenMP and the instruction sets of this CPU
+    seconds   how long the build takes, for the line that a terminal shows meanwhile
+
+    Raises BuildError, whatever the reason: no compiler, no ninja, a full disk. A kernel that cannot
+    be built must cost a run its speed, never its life.
+    """
+    # cpp_extension warns about a missing CUDA_HOME and an unusual compiler. Neither matters here, and
+    # errors are raised, not logged.
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        torch.ops.load_library(_library(source, flags, seconds))
+    except Exception as error:
+        raise BuildError(_first_error(error)) from error
+    finally:
+        logger.setLevel(level)
+
+
+def _library(source: Path, flags: Sequence[str], seconds: int) -> Path:
+    """The compiled library in the cache; built now if it is not there."""
+    from torch.utils import cpp_extension  # slow to import
+
+    capability = torch.backends.cpu.get_cpu_capability()
+    # -fopenmp is for the compiler only. The linker does not see it, so that the library uses the
+    # OpenMP that torch has loaded, and no second pool of threads comes up.
+    flags = ["-O3", "-fopenmp", "-fno-math-errno", *flags]
+    flags += [f"-m{name}" for name in INSTRUCTION_SETS.get(capability, ())]
+
+    # A new version of torch, other flags or another source give another file name.
+    facts = repr((torch.__version__, flags)).encode() + source.read_bytes()
+    digest = hashlib.sha256(facts).hexdigest()[:16]
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
+    library = Path(root) / f"kd_{source.stem}" / f"{digest}.so"
+    if library.exists():
+        return library
+
+    # Built in a folder aside, then renamed into place. Two processes may build at the same time, and
+    # one may be killed meanwhile: nobody ever loads half a library or waits for a stale lock.
+    library.parent.mkdir(parents=True, exist_ok=True)
+    if sys.stderr.isatty():
+        print(f"building kd/fast/{source.name}, only this once: about {seconds} s",
+              file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        cpp_extension.load(f"kd_{source.stem}", [str(source)], extra_cflags=flags,
+                           build_directory=folder, is_python_module=False)
+        os.replace(next(Path(folder).glob("*.so")), library)
+    return library
+
+
+def _first_error(error: Exception) -> str:
+    """The line of a compiler's output that says what is wrong, at most 200 characters of it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reasons = [line for line in lines if "error: " in line or "not found" in line]
+    return (reasons or lines or [repr(error)])[0][:200]

@@ -1,0 +1,55 @@
+"""The builder of C++ extensions: what it does when it cannot build, and that it builds only once."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kd.fast import build
+
+
+@pytest.fixture
+def source(monkeypatch, tmp_path) -> Path:
+    """A source that no compiler ever sees, and an empty cache."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
+    path = tmp_path / "twice.cpp"
+    path.write_text("int twice(int x) { return 2 * x; }")
+    return path
+
+
+def test_without_a_compiler_the_error_is_one_line_and_nothing_is_left_behind(source, monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    with pytest.raises(build.BuildError) as caught:
+        build.load(source, [], seconds=1)
+    message = str(caught.value)
+    assert "/nowhere/c++" in message and "\n" not in message and len(message) <= 200
+    assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
+
+
+def test_a_library_in_the_cache_is_not_built_again_but_other_flags_make_another(source, monkeypatch, capsys):
+    from torch.utils import cpp_extension
+    loaded: list[Path] = []
+    built = 0
+
+    def compiler(name, sources, extra_cflags, build_directory, is_python_module):
+        nonlocal built
+        built += 1
+        (Path(build_directory) / f"{name}.so").write_bytes(b"a library")
+
+    monkeypatch.setattr(cpp_extension, "load", compiler)
+    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    build.load(source, ["-DONE"], seconds=7)
+    build.load(source, ["-DONE"], seconds=7)
+    assert built == 1 and loaded[0] == loaded[1] and loaded[0].read_bytes() == b"a library"
+    assert capsys.readouterr().err.count("about 7 s") == 1  # a terminal shows what takes so long
+    build.load(source, ["-DTWO"], seconds=7)
+    assert built == 2 and loaded[2] != loaded[0]
+
+
+def test_the_message_is_the_line_of_the_output_that_names_the_error():
+    error = RuntimeError("Error building extension\n[1/2] c++ -c x.cpp\nx.cpp:3:7: error: expected ';'\nninja: stopped")
+    assert build._first_error(error) == "x.cpp:3:7: error: expected ';'"
+    assert build._first_error(OSError(28, "No space left on device")) == "[Errno 28] No space left on device"
+    assert build._first_error(ValueError()) == "ValueError()"
