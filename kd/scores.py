@@ -95,8 +95,8 @@ def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = B
 
     confidence: the top probability, `(N,)`; correct: whether the top class is the true one, `(N,)`.
     """
-    gaps = [abs(one.accuracy - one.confidence) * (one.samples / len(confidence))
-            for one in calibration_bins(confidence, correct, bins)]
+    gaps = [abs(each.accuracy - each.confidence) * (each.samples / len(confidence))
+            for each in calibration_bins(confidence, correct, bins)]
     return float(sum(gaps))
 
 

@@ -147,11 +147,11 @@ def render(result: dict[str, Any], history: list[dict[str, Any]], content: Predi
 
 def environment() -> Environment:
     """jinja2, which escapes every value that the template inserts, and refuses a name that is not defined."""
-    made = Environment(loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined,
+    jinja = Environment(loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined,
                        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-    made.filters.update(percent=format_percent, points=format_points, minus=minus, breakable=breakable,
+    jinja.filters.update(percent=format_percent, points=format_points, minus=minus, breakable=breakable,
                         shorten=shorten_path)
-    return made
+    return jinja
 
 
 # ---- what the page shows ------------------------------------------------------------------------

@@ -100,15 +100,15 @@ def curves(history: list[dict[str, Any]], key: str) -> Plot:
 
 def reliability(bins: list[Bin], role: str) -> Plot:
     """Above, the accuracy by confidence; below, the share of the samples with that confidence."""
-    middle = [one.middle for one in bins]
-    samples = np.array([one.samples for one in bins])
+    middle = [each.middle for each in bins]
+    samples = np.array([each.samples for each in bins])
     # the fewer the samples, the fainter, because their accuracy is the less certain
     opacity = [float(0.25 + 0.75 * min(1.0, count / 10)) for count in samples]
 
     def draw(figure: Figure, palette: Palette) -> None:
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
 
-        above.bar(middle, [one.accuracy for one in bins], 0.9 / BINS,
+        above.bar(middle, [each.accuracy for each in bins], 0.9 / BINS,
                   color=[(palette[role], alpha) for alpha in opacity])
         above.plot([0, 1], [0, 1], color=palette["ink"], linestyle=":", linewidth=1.4, zorder=3)
         above.set(xlim=(0, 1), ylim=(0, 1.03), ylabel="share that is right")

@@ -51,11 +51,11 @@ def find_pictures(paths: list[str]) -> list[Path]:
     pictures: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(file for file in path.rglob("*")
+            images = sorted(file for file in path.rglob("*")
                             if file.suffix.lower() in SUFFIXES and file.is_file())
-            if not inside:
+            if not images:
                 raise BadInput(f"{path}: holds no image; give a file, or a folder with images")
-            pictures += inside
+            pictures += images
         elif path.is_file():
             pictures.append(path)
         else:

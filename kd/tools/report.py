@@ -81,10 +81,10 @@ def compare(results: dict[str, dict[str, Any]], images: dict[str, np.ndarray | N
 
     groups = []
     for number, names in enumerate(members.values(), 1):
-        inside = [row for row in rows if row["run"] in names]
-        for row in inside:
+        group_rows = [row for row in rows if row["run"] in names]
+        for row in group_rows:
             row["group"] = number
-        group = group_row(number, inside, [images[name] for name in names])
+        group = group_row(number, group_rows, [images[name] for name in names])
         if any(results[name].get("environment") != results[names[0]].get("environment") for name in names):
             group["notes"].append("made by different machines or versions")
         groups.append(group)
@@ -96,7 +96,7 @@ def run_row(name: str, result: dict[str, Any], images: np.ndarray | None) -> dic
     """One run, its accuracies as shares with their counts.
 
     `gain` is student − control, and `headroom` teacher − control; both are None without a control. `p` is that of
-    McNemar's exact test for the gain, or None where it is not known.
+    McNemar's exact test for the gain, or None where it is not available.
     """
     row: dict[str, Any] = {"run": name, "seed": result["config"]["seed"], "gain": None, "headroom": None, "p": None}
     for role in ROLES:
@@ -124,9 +124,9 @@ def group_row(number: int, rows: list[dict[str, Any]], images: list[np.ndarray |
     for difference in ("gain", "headroom"):
         group[difference] = mean_and_sd([row[difference] for row in rows if row[difference] is not None])
 
-    known = [gains for gains in images if gains is not None]
-    if len(known) == len(rows) > 1 and len({len(gains) for gains in known}) == 1:
-        group["gain"]["interval"] = gain_interval(np.stack(known))
+    available = [gains for gains in images if gains is not None]
+    if len(available) == len(rows) > 1 and len({len(gains) for gains in available}) == 1:
+        group["gain"]["interval"] = gain_interval(np.stack(available))
 
     if len(set(group["seeds"])) < len(rows):
         group["notes"].append("a seed occurs twice: the spread is that of fewer runs than n")
