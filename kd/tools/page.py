@@ -148,9 +148,9 @@ def render(result: dict[str, Any], history: list[dict[str, Any]], content: Predi
 def environment() -> Environment:
     """jinja2, which escapes every value that the template inserts, and refuses a name that is not defined."""
     jinja = Environment(loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined,
-                       trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+                        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     jinja.filters.update(percent=format_percent, points=format_points, minus=minus, breakable=breakable,
-                        shorten=shorten_path)
+                         shorten=shorten_path)
     return jinja
 
 
