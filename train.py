@@ -1,16 +1,17 @@
-"""Distil a large image classifier (the teacher) into a small one (the student), in one explicit loop.
+"""Distil a large image classifier (teacher) into a small one (student), in one explicit loop.
 
-    python train.py                                                a demo of some minutes on two CPU cores
-    python train.py --recipe tutorial --dataset beans --control    the Hugging Face tutorial, with a control
-    torchrun --standalone --nproc-per-node=4 train.py ...          several GPUs, or several processes
-    python train.py --resume                                       go on where the last run was stopped
+    python train.py                                  a demo of some minutes on two CPU cores
+    python train.py --resume                         the same run, from where it was stopped
+    python train.py --recipe tutorial --control      the Hugging Face tutorial, with a control
+    torchrun --standalone --nproc-per-node=4 train.py ...      several GPUs, or several processes
 
-The student learns from the labels and from the teacher's logits by
+The student learns from the labels and from the teacher's logits:
 
-    (1 - λ)·CE(student, labels) + λ·T²·KL(softmax(teacher / T) ‖ softmax(student / T)).
+    loss = (1 - λ)·CE(student, labels) + λ·T²·KL(softmax(teacher / T) ‖ softmax(student / T))
 
-The control is the same student without a teacher: it shows what the teacher was worth. A run ends with
-a table of all three on the test split. It leaves their weights, a log and a page to look at in --out.
+With --control the same student is also trained without the teacher, which shows what the teacher
+was worth. A run ends with a table of their scores on the test split. It leaves the weights, a log
+and a page to look at in --out.
 
 Read `train_step` (one step), then `fit` (one training), then `main` (the whole run).
 """
@@ -28,10 +29,14 @@ from kd.cli import flag
 
 @dataclass(frozen=True)
 class Config:
-    """Every flag, its default and its meaning. The defaults are the tutorial's."""
+    """Every flag, its default and its meaning.
+
+    These defaults are the recipe "tutorial". Without flags, the recipe "demo" overrides some.
+    """
 
     # The run
-    recipe: str = flag("demo", "settings to start from; flags override them", ("demo", "tutorial", "best"))
+    recipe: str = flag("demo", "settings to start from; flags override them",
+                       ("demo", "tutorial", "best"))
     seed: int = flag(0, "decides weights, order and views: the same seed gives the same run",
                      low=0, high=2**32 - 1)
     out: str = flag("", "folder of the run (default: runs/RECIPE)")
@@ -40,20 +45,23 @@ class Config:
     control: bool = flag(False, "also train the same student without the teacher, to compare")
 
     # Data
-    dataset: str = flag("beans", "leaves (drawn, offline), a Hub dataset id, or a folder of pictures")
+    dataset: str = flag("beans", "leaves (drawn, offline), a Hub dataset id, or a folder")
     size: int = flag(224, "side of the square input, in pixels", low=16)
     augment: str = flag("none", "what a view may change", tuple(AUGMENTATIONS))
-    views: int = flag(1, "views a sample: epoch e uses view e mod K; 0: a fresh one every epoch", low=0)
+    views: int = flag(1, "K, views of a sample: epoch e uses view e mod K; 0: a fresh one each epoch",
+                      low=0)
     cache_dir: str = flag(cli.CACHE_DIR, "where decoded pictures and the teacher's logits are kept")
 
     # The teacher, fine-tuned before it teaches, with the optimizer settings below
     teacher: str = flag("resnet50", "timm model that teaches")
-    teacher_weights: str = flag("imagenet", "imagenet (timm's), none, a .safetensors file, or a saved folder")
+    teacher_weights: str = flag("imagenet", "imagenet (timm's), none (random), a .safetensors file, "
+                                "or a saved folder")
     teacher_epochs: int = flag(8, "epochs of fine-tuning before it teaches; 0: as loaded", low=0)
     teacher_lr: float = flag(1e-3, "peak learning rate of the teacher's fine-tuning", above=0)
-    teacher_augment: str = flag("crop", "what a view may change in its fine-tuning", tuple(AUGMENTATIONS))
+    teacher_augment: str = flag("crop", "what a view may change in its fine-tuning",
+                                tuple(AUGMENTATIONS))
     allow_weak_teacher: bool = flag(False, "go on even if the teacher is near chance")
-    topk: int = flag(0, "keep only the teacher's K largest logits, for many classes; 0: all of them", low=0)
+    topk: int = flag(0, "keep only that many of the teacher's largest logits; 0: all of them", low=0)
 
     # The student and its loss
     student: str = flag("mobilenetv2_100", "timm model that learns, from random weights")
@@ -62,7 +70,7 @@ class Config:
 
     # The optimizer, AdamW. All but --epochs and --lr also hold for the teacher's fine-tuning.
     epochs: int = flag(30, "epochs of the student and of its control", low=1)
-    batch_size: int = flag(8, "samples a step", low=2)
+    batch_size: int = flag(8, "samples a step, over all ranks and parts", low=2)
     lr: float = flag(5e-5, "peak learning rate of the student and of its control", above=0)
     schedule: str = flag("linear", "decay of the learning rate to zero, also the teacher's",
                          ("linear", "cosine"))
@@ -71,46 +79,46 @@ class Config:
     weight_decay: float = flag(0.0, "AdamW's decoupled weight decay, also the teacher's", low=0)
     clip: float = flag(1.0, "largest norm of the gradient, also the teacher's", above=0)
     accumulate: int = flag(1, "take a batch in that many parts, to need less memory", low=1)
-    sync_bn: bool = flag(False, "BatchNorm over the whole batch of all ranks, not over each rank's part")
+    sync_bn: bool = flag(False, "BatchNorm over the batch of all ranks, not over each rank's part")
 
     # Speed. `--kernels off --compile off --amp off` runs the plain loop that you read here.
     device: str = flag("auto", "where to compute", ("auto", "cpu", "cuda"))
     amp: str = flag("auto", "mixed precision", ("auto", "off", "bf16", "fp16"))
     compile: str = flag("auto", "torch.compile the training (auto: on CUDA), and the frozen teacher "
                         "(auto: if it has minutes of work)", ("auto", "on", "off"))
-    kernels: str = flag("auto", "the fused kernels of kd/fast and a tuned allocator; off: plain PyTorch",
+    kernels: str = flag("auto", "fused kernels (kd/fast) and a tuned allocator; off: plain PyTorch",
                         ("auto", "off"))
     loss: str = flag("auto", "implementation of the loss", ("auto", "reference", "fused"))
 
     # Output
-    save_minutes: float = flag(10.0, "a checkpoint at least this often, besides one an epoch", low=0)
+    save_minutes: float = flag(10.0, "a checkpoint this often, and after every epoch", low=0)
     quiet: bool = flag(False, "print nothing but the closing line of JSON, and errors")
-    push_to_hub: str = flag("", "upload the student's folder to this Hub repository, such as someone/student")
+    push_to_hub: str = flag("", "upload the student to this Hub repository, such as someone/student")
     push: str = flag("end", "upload it at the end, or also each time that it improves",
                      ("end", "every-epoch"))
     private: bool = flag(False, "if that repository is new, make it private")
 
 
 RECIPES: dict[str, dict[str, Any]] = {
-    # a few minutes on two CPU cores, with nothing to download: both models start from random weights
+    # Some minutes on two CPU cores and nothing to download: both models start from random weights.
     "demo": dict(
         dataset="leaves", size=96, epochs=10, batch_size=16, lr=3e-3, schedule="cosine", warmup=0.1,
-        weight_decay=0.02, teacher="resnet10t", teacher_weights="none", teacher_epochs=6, teacher_lr=3e-3,
-        teacher_augment="flip", augment="flip", views=0),
+        weight_decay=0.02, teacher="resnet10t", teacher_weights="none", teacher_epochs=6,
+        teacher_lr=3e-3, teacher_augment="flip", augment="flip", views=0),
     "tutorial": dict(),
-    # "A good teacher is patient and consistent" (Beyer et al. 2022): only the teacher's logits, on fresh
-    # views of every sample, for a long time.
+    # "A good teacher is patient and consistent" (Beyer et al. 2022): no labels, only the teacher's
+    # logits, on fresh views of every sample, for a long time.
     "best": dict(
-        size=96, epochs=200, batch_size=32, lr=3e-3, schedule="cosine", warmup=0.1, weight_decay=0.02,
-        teacher="tf_efficientnet_lite0", teacher_epochs=24, temperature=2.0, kd_weight=1.0, augment="crop",
-        views=0),
+        size=96, epochs=200, batch_size=32, lr=3e-3, schedule="cosine", warmup=0.1,
+        weight_decay=0.02, teacher="tf_efficientnet_lite0", teacher_epochs=24, temperature=2.0,
+        kd_weight=1.0, augment="crop", views=0),
 }
 
 # What may differ between a run and its continuation. Any other change would make it another run.
 FREE_ON_RESUME = {"out", "resume", "overwrite", "cache_dir", "save_minutes", "device", "quiet",
                   "push_to_hub", "push", "private"}
 
-# Flags are parsed before torch is loaded, which takes seconds: --help and mistyped flags answer at once.
+# Flags are parsed before torch is loaded, which takes seconds. So --help and typos answer at once.
 CONFIG = cli.parse_or_exit(Config, RECIPES, __doc__) if __name__ == "__main__" else None
 
 import numpy as np
@@ -128,9 +136,9 @@ from kd.machine import console, distributed, files, hub, runtime
 from kd.machine.health import Guard
 from kd.machine.runtime import Runtime
 from kd.predict import predict
-from kd.run import Position, Run
+from kd.run import Position, Run, Saved
 from kd.scores import compare_paired, refuse_weak, scores, test_row
-from kd.teacher import LogitCache, Teacher
+from kd.teacher import StoreOptions, Teacher
 from kd.tools import card
 from kd.views import Views
 
@@ -156,22 +164,27 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch
                cfg: Config, machine: Runtime) -> tuple[Tensor, Tensor]:
     """One training step: forward, loss, backward, update.
 
-    x               the batch's pixels, normalised, `(B, 3, H, W)` float32
+    batch           this rank's share of a batch: its labels, and its weight among the ranks
+    x               its pixels, normalised, `(B, 3, H, W)` float32
     teacher_logits  `(B, C)` float32, or None where there is no teacher
-    Returns the loss and the norm of its gradient, two scalars. Both are still on the device: on a GPU,
-    nothing in here waits for it.
+    loss_fn         (student_logits, teacher_logits, labels) to the mean loss, a scalar
+
+    Returns the loss and the norm of its gradient, two scalars. They stay on the device: on a GPU,
+    nothing in here waits for it. With several ranks, the mean of their losses is that of the batch.
     """
     total = torch.zeros((), device=x.device)
-    parts = distributed.split_batch(len(x), cfg.accumulate)   # slices; by default one, the whole batch
+    parts = distributed.split_batch(len(x), cfg.accumulate)   # slices; by default one, of all rows
     for part in parts:
-        # DistributedDataParallel averages gradients over the ranks in the last part's backward only.
+        # DistributedDataParallel averages the gradients over the ranks. Once is enough, in the
+        # backward of the last part. It decides that in the forward.
         with machine.autocast(), distributed.sync_gradients(model, part is parts[-1]):
             logits = model(x[part])
         teacher_part = None if teacher_logits is None else teacher_logits[part]
         loss = loss_fn(logits, teacher_part, batch.labels[part])
-        # From the mean over this part to its share of the mean over the batch of all ranks.
+        # A mean over fewer rows counts less: the part's rows over this rank's, times batch.weight,
+        # this rank's rows over the average of the ranks (1 unless their shares are uneven).
         loss = loss * (batch.weight * len(logits) / len(x))
-        scaler.scale(loss).backward()                         # the scale is 1 unless training in fp16
+        scaler.scale(loss).backward()                         # the scale is 1, except in fp16
         total += loss.detach()
 
     scaler.unscale_(optimizer)
@@ -188,7 +201,9 @@ def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup: flo
     if step < rise:
         return peak * (step + 1) / (rise + 1)
     progress = (step - rise) / max(steps - rise, 1)
-    return peak * (1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress)))
+    if schedule == "cosine":
+        return peak * (0.5 * (1 + math.cos(math.pi * progress)))
+    return peak * (1 - progress)
 
 
 def fit(job: Job, cfg: Config, run: Run) -> None:
@@ -197,27 +212,32 @@ def fit(job: Job, cfg: Config, run: Run) -> None:
     The teacher, the control and the student all come through here. Only the student has a
     `job.teacher`.
 
-    A resumed run continues exactly. Its checkpoint holds the position, the weights and the optimizer.
-    Batches, views, dropout and learning rate are functions of (seed, epoch, step), so there is nothing
-    else to save.
+    A resumed run continues exactly. Batches, views, dropout and learning rate are functions of
+    (seed, epoch, step), so a checkpoint needs only the position and `saved`, below.
+
+    Under torchrun every rank runs this on its share of each batch. Only rank 0 prints and writes.
     """
     model, train, validation, machine = job.model, job.data.train, job.data.validation, job.machine
 
     # ---- what the loop needs ---------------------------------------------------------------------
     loss_fn, _ = choose_loss(job.data, job.views, job.kd_weight, cfg, machine)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=job.lr, weight_decay=cfg.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=job.lr, weight_decay=cfg.weight_decay,
+                                  fused=True)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]                     # the peak; each group may have its own
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.amp is torch.float16)
+    guard = Guard(job.role, model, machine.device, machine.amp)   # ends the run at NaN or infinity
 
-    guard = Guard(job.role, model, machine.device, machine.amp)     # ends the run at a NaN or infinity
-    # Epoch 0, step 0 in a new run. In a resumed one, this fills model, optimizer and scaler as well.
-    position = run.restore(job.role, model, optimizer, scaler, guard, machine.device)
+    # What else a checkpoint holds. Add whatever must survive a resume, such as an average of weights.
+    saved: dict[str, Saved] = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    # Epoch 0, step 0; in a resumed run, the place where it stopped, with `saved` filled as it was.
+    # The run remembers them: from now on `run.save()` writes all of it to last.ckpt.
+    position = run.restore(job.role, saved, guard, machine.device)
 
     forward = distributed.wrap(model, machine.device)         # DistributedDataParallel under torchrun
     if machine.compile:
         forward = torch.compile(forward)                      # type: ignore[assignment]
-    steps_per_epoch = count_batches(len(train), cfg.batch_size)
+    steps_per_epoch = count_batches(len(train), cfg.batch_size)   # a short last batch counts
     total_steps = job.epochs * steps_per_epoch
 
     for epoch in range(position.epoch, job.epochs):
@@ -225,18 +245,19 @@ def fit(job: Job, cfg: Config, run: Run) -> None:
         # ---- train for one epoch -----------------------------------------------------------------
         model.train()
         position.clock.start()
+        # shuffled by (views.seed, epoch), from the step on that comes next
         batches = load_batches(job.data, job.views, epoch, cfg.batch_size, position.step,
                                machine.device)
         label = f"{job.role} {epoch + 1}/{job.epochs}"
         with console.progress(len(train), label, initial=position.step * cfg.batch_size) as bar:
             for batch in batches:
                 step = epoch * steps_per_epoch + position.step
-                torch.manual_seed(cfg.seed * 1_000_003 + step)      # for dropout, if the model has any
+                torch.manual_seed(cfg.seed * 1_000_003 + step)      # for dropout, if there is any
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step, total_steps, group["initial_lr"], cfg.schedule,
                                                 cfg.warmup)
 
-                # The same pixels for teacher and student, each normalised as its own weights expect.
+                # Teacher and student see the same view, each normalised as its own weights expect.
                 x = models.normalize(batch.pixels, job.prep)
                 # Read from disk where this (view, sample) was met before, else computed and kept.
                 teacher_logits = job.teacher.logits(batch) if job.teacher else None
@@ -247,17 +268,17 @@ def fit(job: Job, cfg: Config, run: Run) -> None:
                 # --------------------------------
 
                 position.step += 1
-                position.loss_sum += loss * batch.total
+                position.loss_sum += loss * batch.total       # samples of all ranks
                 guard.note(step, loss, norm)                  # are loss and gradient finite?
                 bar.update(batch.total)
                 console.show_loss(bar, position.step, loss)
-                if run.save_is_due():                         # every --save-minutes, or after a signal
+                if run.save_is_due():                         # after --save-minutes, or a signal
                     run.save()                                # after a signal, raises Stopped
         position.clock.pause()
 
         # ---- validate ----------------------------------------------------------------------------
         guard.check()
-        distributed.broadcast_weights(model)                  # each rank had its own BatchNorm statistics
+        distributed.broadcast_weights(model)                  # BatchNorm statistics: those of rank 0
         logits = predict(model, validation.frames, job.prep, cfg.size, machine,
                          f"{job.role} validation", run.stop_if_requested)
         result = scores(logits, validation.labels)
@@ -282,35 +303,37 @@ def epoch_entry(job: Job, position: Position, result: dict[str, Any], lr: float,
                 skipped: int) -> dict[str, Any]:
     """One line of metrics.jsonl.
 
-    result: scores on validation; lr: of the epoch's last step; skipped: steps whose gradient overflowed fp16.
+    result: scores on validation; lr: of the last step; skipped: steps that overflowed fp16.
     """
     samples, seconds = len(job.data.train), position.clock.seconds
     # batches whose logits the teacher computed, in all ranks, since the run began or was resumed
     computed = distributed.sum_over_ranks(job.teacher.store.teacher_batches) if job.teacher else 0
+    shown = ("accuracy", "macro_f1", "loss", "calibration_error", "correct")
     return {
         "role": job.role, "epoch": position.epoch + 1,
         "train_loss": distributed.mean_over_ranks(position.loss_sum).item() / samples,
-        **{key: result[key] for key in ("accuracy", "macro_f1", "loss", "calibration_error", "correct")},
+        **{key: result[key] for key in shown},
         "lr": lr, "skipped": skipped, "images_per_second": samples / seconds, "seconds": seconds,
         "teacher_batches": computed}
 
 
 def main(cfg: Config) -> dict[str, Any]:
     """The whole run. Returns what result.json holds. Raises BadInput, TrainingFault or Stopped."""
-    check(cfg)                                                # whatever can be found wrong right now
+    check(cfg)                                                # what can be found wrong right now
     machine = runtime.start(cfg.device, cfg.amp, cfg.compile, cfg.kernels)
-    distributed.join(machine.device, cfg.batch_size, cfg.accumulate)    # meet the other ranks, if any
+    distributed.join(machine.device)                          # meet the other ranks, if any
+    # Refuses a folder that holds another run, unless --resume or --overwrite says what to do.
     run = Run(Path(cfg.out or f"runs/{cfg.recipe}"), dataclasses.asdict(cfg), FREE_ON_RESUME,
               cfg.save_minutes, cfg.resume, cfg.overwrite)
-    if run.finished:                                          # its result: nothing is left to do
+    if run.finished:                                          # its result, once all is written
         print(f"{run.out} is finished: nothing to do")
         push(run, cfg)
         return run.finished
     run.stop.install()                                        # Ctrl-C: finish the step, save, leave
 
-    # ---- 1. Data and models. All share one crop; mean, std and interpolation are each model's own. ---
+    # ---- 1. Data and models. One crop for all; mean, std, interpolation are each model's own. ----
     dataset = open_dataset(cfg.dataset, cfg.seed)
-    student = build("student", dataset.classes, cfg, machine)
+    student = build("student", dataset.classes, cfg, machine)     # step 4 trains another one
     prep = models.preprocessing(student)
     teacher_model = build("teacher", dataset.classes, cfg, machine)
     teacher_prep = models.preprocessing(teacher_model)._replace(crop_pct=prep.crop_pct)
@@ -318,79 +341,84 @@ def main(cfg: Config) -> dict[str, Any]:
     data = teacher_data = decode_for(prep, dataset, cfg, run)
     if teacher_prep.interpolation != prep.interpolation:
         teacher_data = decode_for(teacher_prep, dataset, cfg, run)
-    # On resume, and in every rank, these must be what they were. Writes config.json.
+    # These must be the same in every rank, and the same as before a resume.
     run.must_match(dataset=data.digest(), teacher_weights=models.digest(teacher_model),
                    amp=str(machine.amp))
+    run.write_config()                                        # from here on, the folder is a run
     views = Views(cfg.seed, cfg.size, AUGMENTATIONS[cfg.augment], cfg.views)
     print(headline(dataset.name, data, teacher_model, student, views, cfg, machine))
 
-    # ---- 2. The teacher is fine-tuned, by the same loop, on fresh views. ------------------------------
+    # ---- 2. The teacher is fine-tuned, by the same loop, on fresh views. --------------------------
     if cfg.teacher_epochs:
         teacher_views = Views(cfg.seed, cfg.size, AUGMENTATIONS[cfg.teacher_augment], count=0)
-        train_once(Job("teacher", teacher_model, teacher_prep, teacher_data, teacher_views,
-                       precision_for(teacher_model, cfg, machine), cfg.teacher_epochs, cfg.teacher_lr),
-                   cfg, run)
+        job = Job("teacher", teacher_model, teacher_prep, teacher_data, teacher_views,
+                  precision_for(teacher_model, cfg, machine), cfg.teacher_epochs, cfg.teacher_lr)
+        train_once(job, cfg, run)
     else:
         models.save(teacher_model, run.out / "teacher", data.classes, teacher_prep, cfg.size,
                     model_card(cfg, "teacher", {}))
 
-    # ---- 3. It is frozen. From here on it only answers, and each answer is kept. ----------------------
+    # ---- 3. It is frozen. From here on it only answers, and each answer is kept. ------------------
     teacher = freeze_teacher(teacher_model, teacher_prep, teacher_data, views, cfg, machine)
-    run.flush_before_save(teacher.store)                      # what it answered is on disk by then
-    validation_scores = scores(
-        teacher.predict(teacher_data.validation, "teacher validation", run.stop_if_requested),
-        data.validation.labels)
-    test_logits = {"teacher": teacher.predict(teacher_data.test, "teacher test", run.stop_if_requested)}
+    run.flush_before_save(teacher.store)      # a checkpoint finds all its answers on the disk
+    validation_logits = teacher.predict(teacher_data.validation, "teacher validation",
+                                        run.stop_if_requested)
+    accuracy = scores(validation_logits, data.validation.labels)["accuracy"]
+    test_logits = {"teacher": teacher.predict(teacher_data.test, "teacher test",
+                                              run.stop_if_requested)}
     rows = {"teacher": test_row(cfg.teacher, models.parameters(teacher_model),
-                                scores(test_logits["teacher"], data.test.labels),
-                                validation_scores["accuracy"])}
+                                scores(test_logits["teacher"], data.test.labels), accuracy)}
     print(console.teacher_line(rows["teacher"]))
     if not cfg.allow_weak_teacher:
-        refuse_weak(cfg.teacher, validation_scores["accuracy"], data.validation.labels)
+        refuse_weak(cfg.teacher, accuracy, data.validation.labels)      # BadInput near chance
 
     for role in ("control", "student") if cfg.control else ("student",):
 
-        # ---- 4. The control, then the student: the same initial weights, batches and views. -----------
+        # ---- 4. The control, then the student: the same initial weights, batches and views. -------
         model = build("student", data.classes, cfg, machine)
-        job = Job(role, model, prep, data, views, precision_for(model, cfg, machine), cfg.epochs, cfg.lr)
+        job = Job(role, model, prep, data, views, precision_for(model, cfg, machine), cfg.epochs,
+                  cfg.lr)
         if role == "student" and cfg.kd_weight:
             job.kd_weight, job.teacher = cfg.kd_weight, teacher
         train_once(job, cfg, run)                             # the best weights are now in `model`
 
-        # ---- 5. These weights, once, on test. ----------------------------------------------------------
-        test_logits[role] = predict(model, data.test.frames, prep, cfg.size, machine, f"{role} test",
-                                    run.stop_if_requested)
+        # ---- 5. These weights, once, on test. -----------------------------------------------------
+        test_logits[role] = predict(model, data.test.frames, prep, cfg.size, machine,
+                                    f"{role} test", run.stop_if_requested)
         rows[role] = test_row(cfg.student, models.parameters(model),
                               scores(test_logits[role], data.test.labels, test_logits["teacher"]),
                               run.best_accuracy(role))
 
-    # ---- 6. The tables, result.json, the model cards, the page, the Hub. -------------------------------
+    # ---- 6. The tables, result.json, the model cards, the page, the Hub. --------------------------
     result = summarise(rows, test_logits, data, teacher, run, cfg)
     if distributed.rank() == 0:
-        result = run.write_result(result)
+        result = run.write_result(result)         # one that is there already stays
         for role in rows:
             if (run.out / role).exists():
-                files.write_atomic(run.out / role / "README.md", model_card(cfg, role, rows).encode())
-        # The page comes last: if plotting fails, the result is safe, and --resume draws the page again.
-        from kd.tools import page       # imported here, because its plotting library takes half a second
-        print("report:", page.write_report(run.out, test_logits, data, dataset.splits["test"].name_of,
-                                           views, cfg.epochs))
+                text = model_card(cfg, role, rows)
+                files.write_atomic(run.out / role / "README.md", text.encode())
+        # The page comes last: if plotting fails, the result is safe, and the run is not finished:
+        # --resume comes back here.
+        from kd.tools import page                 # here, because its plotting library loads slowly
+        print("report:", page.write_report(run.out, test_logits, data,
+                                           dataset.splits["test"].name_of, views, cfg.epochs))
         push(run, cfg)
     return result
 
 
-# ---- what main calls -----------------------------------------------------------------------------------
+# ---- what main calls ------------------------------------------------------------------------------
 
 def check(cfg: Config) -> None:
     """Raise BadInput for what can be found wrong without loading anything."""
     cli.check(cfg)
+    distributed.check_batch_size(cfg.batch_size, cfg.accumulate)
     models.check("teacher", cfg.teacher, cfg.teacher_weights)
     models.check("student", cfg.student)
     hub.check(cfg.push_to_hub)
 
 
 def build(role: str, classes: tuple[str, ...], cfg: Config, machine: Runtime) -> nn.Module:
-    """The timm model of "teacher" or "student", on its device. Random weights come from the seed."""
+    """A new "teacher" or "student", on its device. Random weights come from the seed."""
     torch.manual_seed(cfg.seed)
     if role == "teacher":
         model = models.create("teacher", cfg.teacher, classes, cfg.teacher_weights)
@@ -430,51 +458,56 @@ def train_once(job: Job, cfg: Config, run: Run) -> None:
     run.load_best(job.role, job.model)
 
 
-def freeze_teacher(model: nn.Module, prep: models.Preprocessing, data: Data, views: Views, cfg: Config,
-                   machine: Runtime) -> Teacher:
-    """The teacher that answers: frozen, compiled where that pays, with its logits under --cache-dir."""
+def freeze_teacher(model: nn.Module, prep: models.Preprocessing, data: Data, views: Views,
+                   cfg: Config, machine: Runtime) -> Teacher:
+    """The teacher that answers: frozen, compiled where that pays, its logits under --cache-dir."""
     models.freeze(model)
     pictures = views.used(cfg.epochs) * len(data.train)       # how many it will be asked about
     compiled = compiled_teacher.worth_compiling(model, pictures, cfg.size, cfg.compile)
-    cache = LogitCache(Path(cfg.cache_dir).expanduser(), cfg.topk, cfg.temperature)
-    return Teacher(model, prep, data, views, machine, cache, batch_size=cfg.batch_size if compiled else 0)
+    options = StoreOptions(Path(cfg.cache_dir).expanduser(), cfg.topk, cfg.temperature)
+    return Teacher(model, prep, data, views, machine, options,
+                   batch_size=cfg.batch_size if compiled else 0)
 
 
-def headline(name: str, data: Data, teacher: nn.Module, student: nn.Module, views: Views, cfg: Config,
-             machine: Runtime) -> str:
+def headline(name: str, data: Data, teacher: nn.Module, student: nn.Module, views: Views,
+             cfg: Config, machine: Runtime) -> str:
     """The first line of a run: machine, data, models, loss."""
-    return (f"{machine.line} | {name}: {len(data.train)} + {len(data.validation)} + {len(data.test)} pictures, "
-            f"{len(data.classes)} classes, {cfg.size} px | "
+    counts = " + ".join(str(len(split)) for split in (data.train, data.validation, data.test))
+    return (f"{machine.line} | {name}: {counts} pictures, {len(data.classes)} classes, "
+            f"{cfg.size} px | "
             f"teacher {cfg.teacher} ({models.parameters(teacher):,}) | "
             f"student {cfg.student} ({models.parameters(student):,}) | "
             f"loss {choose_loss(data, views, cfg.kd_weight, cfg, machine)[1]}")
 
 
 def model_card(cfg: Config, role: str, rows: dict[str, dict[str, Any]]) -> str:
-    """The README.md of a saved folder. rows: its own scores on validation, or at the end all on test."""
-    return card.render_card(role, rows, dataclasses.asdict(cfg), cli.command(cfg, RECIPES, FREE_ON_RESUME))
+    """README.md of a saved folder. rows: its own scores on validation, or at the end all on test."""
+    command = cli.command(cfg, RECIPES, FREE_ON_RESUME)       # that makes this run again
+    return card.render_card(role, rows, dataclasses.asdict(cfg), command)
 
 
 def summarise(rows: dict[str, dict[str, Any]], test_logits: dict[str, np.ndarray], data: Data,
               teacher: Teacher, run: Run, cfg: Config) -> dict[str, Any]:
     """Print the closing tables. Returns what result.json will hold."""
     if teacher.store.dropped:
-        print(f"--topk {cfg.topk}: the other classes have {teacher.store.dropped_share():.2e} of the "
-              "teacher's probability")
-    gain = {}
+        print(f"--topk {cfg.topk}: the other classes have {teacher.store.dropped_share():.2e} of "
+              "the teacher's probability")
+    gain = None                                               # of the student over the control
     if cfg.control:
-        gain = {"gain": compare_paired(test_logits["student"], test_logits["control"], data.test.labels)}
+        gain = compare_paired(test_logits["student"], test_logits["control"], data.test.labels)
     print(console.confusion_table(rows["student"]["confusion"], data.classes))
-    print(console.results_table(rows, gain.get("gain")))
+    print(console.results_table(rows, gain))
     rates = [entry["images_per_second"] for entry in run.history if entry["role"] == "student"]
-    return {**rows, **gain, "images_per_second": float(np.median(rates)), "seconds": run.seconds,
+    return {**rows, **({"gain": gain} if gain else {}),
+            "images_per_second": float(np.median(rates)), "seconds": run.seconds,
             "teacher_batches": distributed.sum_over_ranks(teacher.store.teacher_batches),
             "topk_dropped": teacher.store.dropped_share(), "config": dataclasses.asdict(cfg),
             "environment": runtime.environment(), "commit": run.commit}
 
 
-def push(run: Run, cfg: Config, message: str = "kd: the best student by validation accuracy") -> None:
-    """Upload the student's folder, if --push-to-hub says so. A failure is one line and harms nothing."""
+def push(run: Run, cfg: Config,
+         message: str = "kd: the best student by validation accuracy") -> None:
+    """Upload the student, if --push-to-hub says so. A failure is one line and harms nothing."""
     if cfg.push_to_hub and distributed.rank() == 0:
         print(hub.push_folder(str(run.out / "student"), cfg.push_to_hub, message, cfg.private,
                               lambda: run.stop.signal))

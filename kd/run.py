@@ -32,6 +32,14 @@ class Flushable(Protocol):
     def flush(self) -> None: ...
 
 
+class Saved(Protocol):
+    """Something that a checkpoint can hold, such as a model or an optimizer."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> Any: ...
+
+
 class Clock:
     """Seconds of work, over all processes of a run; paused while the run saves or validates."""
 
@@ -70,17 +78,6 @@ class Position:
         self.loss_sum.zero_()
 
 
-@dataclass
-class Training:
-    """What a checkpoint holds of the training that is under way."""
-
-    position: Position
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    guard: Guard
-
-
 class Run:
     """One run, in `out`. Every rank has one; only rank 0 writes."""
 
@@ -104,7 +101,10 @@ class Run:
         self.facts: dict[str, str] = saved.pop("facts", {})
         self._began = time.monotonic() - saved.pop("seconds", 0.0)
         self._saved_training = saved        # of the role that was under way, until `restore` takes it up
-        self._training: Training | None = None
+        # what is under way: set by `restore`, saved by `save`, over after `mark_done`
+        self._position: Position | None = None
+        self._saved: Mapping[str, Saved] = {}
+        self._guard: Guard | None = None
         self._flush_first: list[Flushable] = []
         self._last_save = time.monotonic()
         self._records = Records(out)
@@ -118,10 +118,10 @@ class Run:
     # ---- is it the same run? ------------------------------------------------------------------------------
 
     def must_match(self, **facts: str) -> None:
-        """Record what the settings stand for, such as dataset="<its digest>", and the settings themselves.
+        """Compare what the settings stand for, such as dataset="<its digest>". Collective.
 
-        Raises BadInput where ranks differ, or where a resumed run meets other data, weights or precision than it
-        began with. config.json is written only now, so that only a run whose data and models are good is a run.
+        Raises BadInput where ranks differ in that or in a setting, or where a resumed run meets other data, weights or
+        precision than it began with.
         """
         distributed.check_same_on_all_ranks({**self.settings, **facts}, self.free)
         self.facts = self.facts or facts
@@ -129,28 +129,30 @@ class Run:
             if facts[name] != value:
                 raise BadInput(f"--resume: what --{name.replace('_', '-')} stands for has changed since the run "
                                f"began; give it as it was, or start again with --overwrite")
+
+    def write_config(self) -> None:
+        """Write config.json, which makes the folder a run. Called once data and models are found to be good."""
         write_atomic(self.out / "config.json", json.dumps(dict(self.settings), indent=2).encode())
 
     # ---- position and checkpoint ---------------------------------------------------------------------------
 
-    def restore(self, role: str, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
-                guard: Guard, device: torch.device) -> Position:
+    def restore(self, role: str, saved: Mapping[str, Saved], guard: Guard, device: torch.device) -> Position:
         """The position of this role's training: its start, or where the checkpoint was.
 
-        Fills model, optimizer and scaler from the checkpoint, and remembers them all: from now on `save` saves them.
+        saved: what a checkpoint holds besides the position, by name; filled from it in a resumed run. The run remembers
+        all of it: from now on `save` saves it, and a signal does so before the run stops. guard: asked before a save.
         """
         position = Position(role, torch.zeros((), dtype=torch.float64, device=device))
-        if "model" in self._saved_training:
-            saved, self._saved_training = self._saved_training, {}
-            model.load_state_dict(saved["model"])
-            optimizer.load_state_dict(saved["optimizer"])
-            scaler.load_state_dict(saved["scaler"])
-            values = dict(saved["position"])
+        if "position" in self._saved_training:
+            checkpoint_content, self._saved_training = self._saved_training, {}
+            for name, thing in saved.items():
+                thing.load_state_dict(checkpoint_content[name])
+            values = dict(checkpoint_content["position"])
             position.loss_sum.fill_(values.pop("loss_sum"))
             position.clock = Clock(values.pop("train_seconds"))
             for name, value in values.items():
                 setattr(position, name, value)
-        self._training = Training(position, model, optimizer, scaler, guard)
+        self._position, self._saved, self._guard = position, saved, guard
         self._last_save = time.monotonic()
         return position
 
@@ -168,9 +170,9 @@ class Run:
 
         Raises TrainingFault where a weight is not finite or the disk is full, and Stopped after a signal.
         """
-        assert self._training is not None
-        position = self._training.position
-        self._training.guard.check()        # a NaN must never reach the disk
+        assert self._position and self._guard
+        position = self._position
+        self._guard.check()                 # a NaN must never reach the disk
         running = position.clock.pause()
         for store in self._flush_first:
             store.flush()
@@ -180,8 +182,7 @@ class Run:
                          "loss_sum": distributed.mean_over_ranks(position.loss_sum).item(),
                          "train_seconds": position.clock.seconds, "best": position.best,
                          "best_epoch": position.best_epoch},
-            "model": self._training.model.state_dict(), "optimizer": self._training.optimizer.state_dict(),
-            "scaler": self._training.scaler.state_dict()})
+            **{name: thing.state_dict() for name, thing in self._saved.items()}})
         self._last_save = time.monotonic()
         # the ranks meet here, so that the logits of all of them are on the disk before any goes on
         self._raise_if_stopped()
@@ -191,7 +192,7 @@ class Run:
     def stop_if_requested(self) -> None:
         """After a signal to any rank: save a training that is under way, then raise Stopped. Collective."""
         if distributed.max_over_ranks(self.stop.signal)[0]:
-            if self._training:
+            if self._position:
                 self.save()
             self._raise_if_stopped()
 
@@ -213,7 +214,7 @@ class Run:
     def mark_done(self, role: str) -> None:
         """This role's training is complete; there is nothing of it left to save."""
         self.roles_done.append(role)
-        self._training = None
+        self._position = None
 
     def best_accuracy(self, role: str) -> float:
         """The best validation accuracy of a role's epochs: that of the weights that were kept."""

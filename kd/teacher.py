@@ -23,8 +23,8 @@ from kd.predict import predict
 from kd.views import CODE, Augmentation, Views, load_views
 
 
-class LogitCache(NamedTuple):
-    """Where logits are kept, and how much of them."""
+class StoreOptions(NamedTuple):
+    """Where the logits are stored, and how much of them."""
 
     folder: Path
     topk: int = 0               # only the K largest of a row; 0: all of them
@@ -35,13 +35,13 @@ class Teacher:
     """A frozen model that answers from disk what it has answered before."""
 
     def __init__(self, model: nn.Module, prep: models.Preprocessing, data: Data, views: Views, runtime: Runtime,
-                 cache: LogitCache, batch_size: int = 0) -> None:
+                 options: StoreOptions, batch_size: int = 0) -> None:
         """model: frozen, in eval mode; prep: what timm declares for it; data: pictures resized as `prep` says.
 
         batch_size: compile the model for batches of that size; 0: leave it as it is.
         """
         self.model, self.prep, self.data, self.views, self.runtime = model, prep, data, views, runtime
-        self.cache, self.compiled = cache, batch_size > 0
+        self.options, self.compiled = options, batch_size > 0
         self.weights = models.digest(model)
         self.answer: Callable[[Tensor], Tensor] = compiled_teacher.compile_frozen(model, batch_size, self.compiled)
         self.store = self._open_store(data.train, views.augmentation)
@@ -85,7 +85,7 @@ class Teacher:
             frames=split.frames.digest, amp=str(self.runtime.amp), device=self.runtime.device.type,
             torch=torch.__version__, timm=timm.__version__)
         if augmentation is None:
-            return LogitStore(self.cache.folder / "logits", key, len(split), len(self.data.classes))
+            return LogitStore(self.options.folder / "logits", key, len(split), len(self.data.classes))
         key.update(augment=augmentation, seed=self.views.seed, code=CODE, compiled=self.compiled)
-        return LogitStore(self.cache.folder / "logits", key, len(split), len(self.data.classes), self.cache.topk,
-                          self.cache.temperature)
+        return LogitStore(self.options.folder / "logits", key, len(split), len(self.data.classes), self.options.topk,
+                          self.options.temperature)

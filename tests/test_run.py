@@ -86,6 +86,7 @@ FACTS = {"dataset": "a", "teacher_weights": "b", "amp": "None"}
 def test_other_data_weights_or_precision_are_refused_by_name(tmp_path, name):
     first = Run(tmp_path / "run", {"lr": 1.0}, set())
     first.must_match(**FACTS)
+    first.write_config()
     restore(first)
     first.save()
     Run(tmp_path / "run", {"lr": 1.0}, set(), resume=True).must_match(**FACTS)
@@ -96,8 +97,9 @@ def test_other_data_weights_or_precision_are_refused_by_name(tmp_path, name):
 
 def test_what_makes_a_folder_a_run_is_written_only_when_data_and_models_are_good(tmp_path):
     opened = Run(tmp_path / "run", {"lr": 1.0}, set())
-    assert not (tmp_path / "run" / "config.json").exists()
     opened.must_match(**FACTS)
+    assert not (tmp_path / "run" / "config.json").exists()
+    opened.write_config()
     assert json.loads((tmp_path / "run" / "config.json").read_text()) == {"lr": 1.0}
 
 
@@ -107,14 +109,15 @@ def restore(opened: Run, role: str = "student") -> tuple[run.Position, nn.Module
     model = nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.5)
     device = torch.device("cpu")
-    position = opened.restore(role, model, optimizer, torch.amp.GradScaler("cpu", enabled=False),
-                              Guard(role, model, device, None), device)
+    saved: dict[str, run.Saved] = {"model": model, "optimizer": optimizer}
+    position = opened.restore(role, saved, Guard(role, model, device, None), device)
     return position, model, optimizer
 
 
 def test_a_training_goes_on_where_it_was_saved(tmp_path):
     opened = Run(tmp_path / "run", {}, set())
     opened.must_match(**FACTS)
+    opened.write_config()
     opened.log({"role": "student", "epoch": 1})
     opened.roles_done.append("teacher")
     position, model, optimizer = restore(opened)

@@ -129,7 +129,7 @@ def test_a_teacher_of_another_interpolation_sees_the_same_views_from_frames_of_i
     torch.manual_seed(0)
     model = models.freeze(models.create("teacher", "test_resnet", dataset.classes))
     views, machine = train.Views(0, 32, train.AUGMENTATIONS["crop"], 0), runtime.start("cpu", "off", "off")
-    teacher = train.Teacher(model, models.preprocessing(model), theirs, views, machine, train.LogitCache(tmp_path))
+    teacher = train.Teacher(model, models.preprocessing(model), theirs, views, machine, train.StoreOptions(tmp_path))
     for one, other in zip(*(train.load_batches(data, views, 0, 8, 0, machine.device) for data in (ours, theirs)),
                           strict=True):
         assert not torch.equal(one.pixels, other.pixels)

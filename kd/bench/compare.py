@@ -20,6 +20,7 @@ from kd.bench.limits import machine_limits, training_flops, wait
 from kd.bench.loop import Bench
 from kd.bench.loss import tutorial_loss
 from kd.machine import console, runtime
+from kd.scores import bootstrap_interval
 
 
 def tutorial_loop(student: nn.Module, teacher: nn.Module, optimizer: torch.optim.Optimizer, images: list[Tensor],
@@ -64,20 +65,21 @@ class Turns:
 
     def ratio(self, over: str, under: str) -> tuple[float, list[float]]:
         """The median of the ratios within rounds, in which drift between rounds cancels, and its 95 % interval."""
-        columns = self.rates[:, [self.names.index(over), self.names.index(under)]]
-        return ratio_of_medians(columns), bootstrap(columns, ratio_of_medians)
+        ratios = self.rates[:, self.names.index(over)] / self.rates[:, self.names.index(under)]
+        return float(np.median(ratios)), interval_of_median(ratios)
 
 
-def ratio_of_medians(columns: np.ndarray) -> float:
-    """The median ratio of column 0 to column 1."""
-    return float(np.median(columns[:, 0] / columns[:, 1]))
+def interval_of_median(ratios: np.ndarray) -> list[float]:
+    """The 95 % interval of the median of `(rounds,)`, by drawing rounds again."""
+    order, rounds = np.argsort(ratios), len(ratios)
 
+    def medians(counts: np.ndarray) -> np.ndarray:
+        """counts: `(draws, rounds)`, how often a draw has each round. The middle one, or the mean of two."""
+        ends = counts[:, order].cumsum(axis=1)
+        middle = [ratios[order][(ends > rank).argmax(axis=1)] for rank in ((rounds - 1) // 2, rounds // 2)]
+        return (middle[0] + middle[1]) / 2
 
-def bootstrap(rounds: np.ndarray, ratio: Callable[[np.ndarray], float], draws: int = 2000) -> list[float]:
-    """The 95 % interval of `ratio`, by drawing whole rounds (rows) again."""
-    generator = np.random.default_rng(0)
-    values = [ratio(rounds[generator.integers(len(rounds), size=len(rounds))]) for _ in range(draws)]
-    return [float(q) for q in np.quantile(values, [0.025, 0.975])]
+    return bootstrap_interval(medians, rounds)
 
 
 def compare(cfg: train.Config, rounds: int, steps: int) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from kd.fast import compiled_teacher
 from kd.logits import LogitStore
 from kd.machine import distributed, runtime
 from kd.run import Run
-from kd.teacher import LogitCache, Teacher
+from kd.teacher import StoreOptions, Teacher
 from kd.views import Views
 
 DEFAULTS = {"dataset": "beans", "size": 224, "batch_size": 8, "teacher": "resnet50", "teacher_weights": "none",
@@ -51,7 +51,8 @@ class Bench:
     def __init__(self, cfg: train.Config, steps: int, folder: Path) -> None:
         self.cfg, self.folder, self._runs = dataclasses.replace(cfg, epochs=1), folder, count()
         self.machine = runtime.start(cfg.device, cfg.amp, cfg.compile, cfg.kernels)
-        distributed.join(self.machine.device, cfg.batch_size, cfg.accumulate)
+        distributed.check_batch_size(cfg.batch_size, cfg.accumulate)
+        distributed.join(self.machine.device)
 
         with contextlib.redirect_stdout(sys.stderr):
             dataset = train.open_dataset(cfg.dataset, 0)
@@ -69,7 +70,7 @@ class Bench:
 
         compiled = compiled_teacher.worth_compiling(teacher, len(data.train), cfg.size, cfg.compile)
         self.teacher = Teacher(teacher, models.preprocessing(teacher), self.data, self.views, self.machine,
-                               LogitCache(folder), batch_size=cfg.batch_size if compiled else 0)
+                               StoreOptions(folder), batch_size=cfg.batch_size if compiled else 0)
         self.warm = self.teacher.store
         self.loss_fn, self.loss_name = train.choose_loss(self.data, self.views, cfg.kd_weight, cfg,
                                                          self.machine)

@@ -26,17 +26,22 @@ T = TypeVar("T")
 PATIENCE = timedelta(minutes=3)  # for ranks that do not come; torch's own limit is half an hour
 
 
-def join(device: torch.device, batch_size: int, accumulate: int) -> None:
-    """Meet the other processes that torchrun started, if it started this one.
-
-    Raises BadInput for a batch size that the ranks cannot share, and where they cannot meet, as when a port is in use.
-    """
+def check_batch_size(batch_size: int, accumulate: int) -> None:
+    """Raise BadInput for a batch size that the ranks, and the parts of --accumulate, cannot share."""
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     # The last batch of an epoch may be half as long. Each part of it still needs two samples, for BatchNorm.
     least = 4 * ranks * accumulate if ranks * accumulate > 1 else 2
     if batch_size % ranks or batch_size < least:
         raise BadInput(f"--batch-size {batch_size}: {ranks} ranks with --accumulate {accumulate} need a multiple of "
                        f"{ranks}, of at least {least}")
+
+
+def join(device: torch.device) -> None:
+    """Meet the other processes that torchrun started, if it started this one.
+
+    Raises BadInput where they cannot meet, as when a port is in use or a host out of reach.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks > 1 and not dist.is_initialized():
         # Numbers that the host decides by go through gloo, so that the host need not wait for the GPUs.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

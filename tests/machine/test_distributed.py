@@ -134,7 +134,7 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused(monkeypatch, batch_size,
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(BadInput, match=f"--batch-size {batch_size}: 2 ranks with --accumulate {accumulate} need a "
                                        f"multiple of 2, of at least {least}"):
-        distributed.join(torch.device("cpu"), batch_size, accumulate)
+        distributed.check_batch_size(batch_size, accumulate)
 
 
 @pytest.mark.parametrize("mine, said", [
@@ -161,7 +161,7 @@ def test_ranks_that_cannot_meet_say_where(monkeypatch, rank, listens):
         for name, value in dict(RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port).items():
             monkeypatch.setenv(name, value)
         with pytest.raises(BadInput, match=f"the 2 ranks cannot meet at 127.0.0.1:{port}.* a free port"):
-            distributed.join(torch.device("cpu"), 8, 1)
+            distributed.join(torch.device("cpu"))
     assert distributed.world_size() == 1
 
 
@@ -169,7 +169,7 @@ def test_ranks_that_cannot_meet_say_where(monkeypatch, rank, listens):
 def test_the_shares_of_three_ranks_are_put_back_in_order_also_where_one_has_none(monkeypatch, count):
     rows = np.arange(2 * count).reshape(count, 2)
     shares = [rows[rank::3] if rank < count else np.empty((0, 0), rows.dtype) for rank in range(3)]
-    monkeypatch.setattr(distributed, "world", lambda: 3)
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
     monkeypatch.setattr(distributed.dist, "all_gather_object", lambda told, mine: told.__setitem__(slice(0, 3), shares))
     for mine in shares:
         assert np.array_equal(distributed.gather(mine, count), rows)
@@ -198,7 +198,7 @@ def test_gradients_are_averaged_once_a_step(monkeypatch):
             self.seen = *self.seen, self.within
             return super().forward(x)
 
-    monkeypatch.setattr(distributed, "world", lambda: 2)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
     model = Ranked(4, 3)
     step(model, torch.optim.SGD(model.parameters()), torch.randn(6, 4), torch.arange(6) % 3, None, kd_weight=0.0,
          accumulate=3)
