@@ -20,7 +20,7 @@ distribution (one-hot), and
     ∂loss/∂s = (1 − λ)·(q1 − y) + λ·T·(q − p)
 
 The gradient is made of the same exponentials as the loss. One pass over the row can therefore compute
-both, and kd/fast/fused_loss.py does. To change the loss, change `kd_loss` and run with
+both, and kd/fast/fused_loss.py does so. To change the loss, change `kd_loss` and run with
 `--loss reference`.
 """
 
@@ -46,8 +46,8 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor | None, labels: Tenso
 
     student_logits  (B, C), floating point; the gradient flows only here
     teacher_logits  (B, C), floating point, any precision; may be None where kd_weight is 0
-    labels          (B,) int64 in [0, C) or NO_LABEL, or (B, C) class probabilities. Where kd_weight
-                    is 1, they are not read
+    labels          (B,) int64 in [0, C) or NO_LABEL; or (B, C) class probabilities, where a row of
+                    zeros has no label. They are not read where kd_weight is 1
     temperature     T > 0. It softens both distributions of the KL; the CE is taken at T = 1
     kd_weight       λ in [0, 1]
 
@@ -108,7 +108,7 @@ def choose(loss: str, device: torch.device, temperature: float, kd_weight: float
     if loss == "reference" or soft_labels or not kernels:
         return reference, "reference"
 
-    # Imported only here: a run without kernels does without kd/fast.
+    # Imported here and not at the top, because that file imports the checks below.
     from kd.fast import fused_loss
     kernel, missing = fused_loss.load_kernel(device.type)
     # A kernel is faster at every size measured, 3 classes included. Without one the closed form has

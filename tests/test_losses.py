@@ -60,6 +60,14 @@ def test_reference_takes_class_probabilities():
     assert kd_loss(s, t, F.one_hot(labels, 5).float(), 4.0, 0.5).item() == pytest.approx(hard.item(), rel=1e-6)
 
 
+def test_a_row_of_zero_probabilities_has_no_label():
+    s, t, labels = logits(6, 5)
+    probabilities = F.one_hot(labels, 5).float()
+    labels[2], probabilities[2] = NO_LABEL, 0
+    (a, ga), (b, gb) = (loss_and_gradient(kd_loss, s, t, y, 4.0, 0.5) for y in (labels, probabilities))
+    torch.testing.assert_close((a, ga), (b, gb), rtol=1e-6, atol=1e-8)
+
+
 def test_reference_weight_0_is_cross_entropy():
     s, _, labels = logits(6, 5)
     assert torch.equal(kd_loss(s, None, labels, 4.0, 0.0), F.cross_entropy(s, labels))

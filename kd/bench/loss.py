@@ -120,7 +120,7 @@ def measure(B: int, C: int, dtype: torch.dtype, device: torch.device, rounds: in
         extra[name] = peak_bytes(work[name], device) / logits_bytes
 
     # ---- time ----
-    # Short work is repeated for some 2 ms, so that reading a clock or an event costs nothing against it.
+    # Short work is repeated for some 2 ms: reading a clock or an event costs nothing against that.
     milliseconds = timer(device)
     repeats = {}
     for name, run in work.items():
@@ -185,7 +185,8 @@ def main(argv: list[str]) -> None:
 
     if not args.json:
         print(f"{'shape':>12} {'eager':>9} {'compiled':>9} {'fused':>9} {'floor':>9}  ms   "
-              f"{'vs eager':>8} {'vs compiled':>11} {'A/A':>5} {'over floor':>10} {'extra memory':>12}")
+              f"{'vs eager':>8} {'vs compiled':>11} {'A/A':>5} {'over floor':>10} "
+              f"{'extra memory':>12}")
     for B, C in shapes:
         row = measure(B, C, DTYPES[args.dtype], device, args.rounds)
         if args.json:

@@ -1,1 +1,4 @@
-"""The same numbers, sooner. Each fast path has a plain reference, a switch and a test that they agree; see README.md."""
+"""The same numbers, sooner. README.md lists the fast paths.
+
+Each has a plain reference, a switch, and a test that the two agree.
+"""

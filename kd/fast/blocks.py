@@ -64,7 +64,7 @@ class _Chain(torch.autograd.Function):
         ctx.calls, saved = [], [x]
         y, norm, low, high = x, None, -INF, INF
         for conv, bn in layers:
-            # A kernel applies the norm and activation of the layer before while it reads that layer's y.
+            # A kernel applies the norm and activation of the layer before, while it reads its y.
             call = (norm, low, high, conv.weight, conv.stride[0], is_image and norm is None)
             y, norm = ops.conv_forward(y, *call, bn.weight, bn.bias, bn.running_mean, bn.running_var,
                                        bn.momentum, bn.eps, bf16)
@@ -217,6 +217,7 @@ def slow_in_bf16(model: nn.Module) -> bool:
     """
     if next(model.parameters()).device.type != "cpu":
         return False
-    fused_blocks = [m for m in model.modules() if type(m) in FUSED_BLOCKS.values()]
-    fused = {id(part) for block in fused_blocks for part in block.modules()}
-    return any(isinstance(m, nn.Conv2d) and m.groups > 1 and id(m) not in fused for m in model.modules())
+    blocks = [module for module in model.modules() if type(module) in FUSED_BLOCKS.values()]
+    fused = {id(part) for block in blocks for part in block.modules()}
+    return any(isinstance(module, nn.Conv2d) and module.groups > 1 and id(module) not in fused
+               for module in model.modules())

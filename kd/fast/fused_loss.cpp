@@ -90,8 +90,8 @@ inline float maximum(const float* x, int64_t C) {
 // One row: returns its loss and writes its gradient in G, the precision of the student's logits.
 // CE and KL say which terms take part. A term of weight 0 is left out, because 0·∞ is not 0.
 template <bool CE, bool KL, typename G>
-double row(const float* s, const float* t, int64_t label, int64_t C, const Settings& settings, float* e1,
-           float* e, float* u, G* grad) {
+double row(const float* s, const float* t, int64_t label, int64_t C, const Settings& settings,
+           float* e1, float* e, float* u, G* grad) {
   const double T = settings.temperature;
   const float max_s = maximum(s, C), max_t = KL ? maximum(t, C) : 0.f;
   const float inverse_t = static_cast<float>(1 / T);
@@ -177,9 +177,13 @@ double rows(const at::Tensor& student, const std::optional<at::Tensor>& teacher,
         std::fill(g, g + C, S(0));
         continue;
       }
-      const float* s = upcast(student.const_data_ptr<S>() + i * student.stride(0), mine + 3 * padded, C);
+      const S* s_row = student.const_data_ptr<S>() + i * student.stride(0);
+      const float* s = upcast(s_row, mine + 3 * padded, C);
       const float* t = nullptr;
-      if (kl) t = upcast(teacher->const_data_ptr<T>() + i * teacher->stride(0), mine + 4 * padded, C);
+      if (kl) {
+        const T* t_row = teacher->const_data_ptr<T>() + i * teacher->stride(0);
+        t = upcast(t_row, mine + 4 * padded, C);
+      }
       losses[i] = !kl ? row<true, false>(s, t, labels[i], C, settings, e1, e, u, g)
           : ce        ? row<true, true>(s, t, labels[i], C, settings, e1, e, u, g)
                       : row<false, true>(s, t, kNoLabel, C, settings, e1, e, u, g);
@@ -201,8 +205,8 @@ std::tuple<at::Tensor, at::Tensor> loss_and_grad(
   const int64_t* y = labels.const_data_ptr<int64_t>();
   if (kd_weight < 1)  // at 1 no label is read
     for (int64_t i = 0; i < B; ++i)
-      TORCH_CHECK_VALUE(y[i] == kNoLabel || (y[i] >= 0 && y[i] < C), "labels must be in [0, ", C, ") or ",
-                        kNoLabel, ", got ", y[i]);
+      TORCH_CHECK_VALUE(y[i] == kNoLabel || (y[i] >= 0 && y[i] < C), "labels must be in [0, ", C,
+                        ") or ", kNoLabel, ", got ", y[i]);
 
   const double n = static_cast<double>(std::max<int64_t>(B, 1));
   const Settings settings{temperature, kd_weight, gradient_scale / n};
