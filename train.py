@@ -31,7 +31,7 @@ from kd.cli import flag
 class Config:
     """Every flag, its default and its meaning.
 
-    These defaults are the recipe "tutorial". Without flags, the recipe "demo" overrides some.
+    These defaults equal the recipe "tutorial". Without --recipe, the recipe "demo" overrides some.
     """
 
     # The run
@@ -79,7 +79,7 @@ class Config:
     weight_decay: float = flag(0.0, "AdamW's decoupled weight decay, also the teacher's", low=0)
     clip: float = flag(1.0, "largest norm of the gradient, also the teacher's", above=0)
     accumulate: int = flag(1, "take a batch in that many parts, to need less memory", low=1)
-    sync_bn: bool = flag(False, "BatchNorm over the batch of all ranks, not over each rank's part")
+    sync_bn: bool = flag(False, "BatchNorm over the batch of all ranks, not over each rank's share")
 
     # Speed. `--kernels off --compile off --amp off` runs the plain loop that you read here.
     device: str = flag("auto", "where to compute", ("auto", "cpu", "cuda"))
@@ -181,15 +181,15 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch
             logits = model(x[part])
         teacher_part = None if teacher_logits is None else teacher_logits[part]
         loss = loss_fn(logits, teacher_part, batch.labels[part])
-        # A mean over fewer rows counts less: the part's rows over this rank's, times batch.weight,
-        # this rank's rows over the average of the ranks (1 unless their shares are uneven).
+        # A mean over fewer rows counts less: rows of the part ÷ rows of this rank, times batch.weight,
+        # which is rows of this rank ÷ mean rows per rank (1, unless a batch is shared unevenly).
         loss = loss * (batch.weight * len(logits) / len(x))
         scaler.scale(loss).backward()                         # the scale is 1, except in fp16
         total += loss.detach()
 
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip, foreach=True)
-    scaler.step(optimizer)                                    # in fp16, not after an overflow
+    scaler.step(optimizer)                                    # skipped if fp16 gradients overflowed
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return total, norm
@@ -212,8 +212,8 @@ def fit(job: Job, cfg: Config, run: Run) -> None:
     The teacher, the control and the student all come through here. Only the student has a
     `job.teacher`.
 
-    A resumed run continues exactly. Batches, views, dropout and learning rate are functions of
-    (seed, epoch, step), so a checkpoint needs only the position and `saved`, below.
+    A resumed run continues exactly, on the same device. Batches, views, dropout and learning rate are
+    functions of (seed, epoch, step), so a checkpoint needs only the position and `saved`, below.
 
     Under torchrun every rank runs this on its share of each batch. Only rank 0 prints and writes.
     """
@@ -231,7 +231,7 @@ def fit(job: Job, cfg: Config, run: Run) -> None:
     # What else a checkpoint holds. Add whatever must survive a resume, such as an average of weights.
     saved: dict[str, Saved] = {"model": model, "optimizer": optimizer, "scaler": scaler}
     # Epoch 0, step 0; in a resumed run, the place where it stopped, with `saved` filled as it was.
-    # The run remembers them: from now on `run.save()` writes all of it to last.ckpt.
+    # The run remembers all of it: from now on `run.save()` asks `guard`, then writes last.ckpt.
     position = run.restore(job.role, saved, guard, machine.device)
 
     forward = distributed.wrap(model, machine.device)         # DistributedDataParallel under torchrun
@@ -245,7 +245,7 @@ def fit(job: Job, cfg: Config, run: Run) -> None:
         # ---- train for one epoch -----------------------------------------------------------------
         model.train()
         position.clock.start()
-        # shuffled by (views.seed, epoch), from the step on that comes next
+        # the shuffle of (views.seed, epoch), starting at position.step
         batches = load_batches(job.data, job.views, epoch, cfg.batch_size, position.step,
                                machine.device)
         label = f"{job.role} {epoch + 1}/{job.epochs}"
@@ -278,7 +278,7 @@ def fit(job: Job, cfg: Config, run: Run) -> None:
 
         # ---- validate ----------------------------------------------------------------------------
         guard.check()
-        distributed.broadcast_weights(model)                  # BatchNorm statistics: those of rank 0
+        distributed.broadcast_weights(model)                  # with rank 0's BatchNorm statistics
         logits = predict(model, validation.frames, job.prep, cfg.size, machine,
                          f"{job.role} validation", run.stop_if_requested)
         result = scores(logits, validation.labels)
@@ -304,6 +304,7 @@ def epoch_entry(job: Job, position: Position, result: dict[str, Any], lr: float,
     """One line of metrics.jsonl.
 
     result: scores on validation; lr: of the last step; skipped: steps that overflowed fp16.
+    Collective: under torchrun every rank must call it.
     """
     samples, seconds = len(job.data.train), position.clock.seconds
     # batches whose logits the teacher computed, in all ranks, since the run began or was resumed
@@ -382,7 +383,7 @@ def main(cfg: Config) -> dict[str, Any]:
             job.kd_weight, job.teacher = cfg.kd_weight, teacher
         train_once(job, cfg, run)                             # the best weights are now in `model`
 
-        # ---- 5. These weights, once, on test. -----------------------------------------------------
+        # ---- 5. These weights, once, on test, in the precision in which they will be used. ---------
         test_logits[role] = predict(model, data.test.frames, prep, cfg.size, machine,
                                     f"{role} test", run.stop_if_requested)
         rows[role] = test_row(cfg.student, models.parameters(model),
@@ -394,9 +395,8 @@ def main(cfg: Config) -> dict[str, Any]:
     if distributed.rank() == 0:
         result = run.write_result(result)         # one that is there already stays
         for role in rows:
-            if (run.out / role).exists():
-                text = model_card(cfg, role, rows)
-                files.write_atomic(run.out / role / "README.md", text.encode())
+            text = model_card(cfg, role, rows)
+            files.write_atomic(run.out / role / "README.md", text.encode())
         # The page comes last: if plotting fails, the result is safe, and the run is not finished:
         # --resume comes back here.
         from kd.tools import page                 # here, because its plotting library loads slowly

@@ -29,5 +29,5 @@ AUGMENTATIONS = {
 AREA, ASPECT, LEFT, TOP = 0, 1, 2, 3            # of the crop
 FLIP_X, FLIP_Y = 4, 5
 BRIGHTNESS, CONTRAST, SATURATION = 6, 7, 8
-PARTNER, PARTNER_SHARE = 10, 11                 # mixup's second picture, and how much of it (9 is free)
+PARTNER, PARTNER_SHARE = 10, 11                 # mixup's second picture, and how much of it
 RANDOM_NUMBERS = 12

@@ -27,7 +27,10 @@ class Stop:
         return self
 
     def raise_if_requested(self, *_: Any) -> None:
-        """Raise Stopped if a signal came to this process. For work that has nothing to save, such as decoding."""
+        """Raise Stopped if a signal came to this process. For work without anything to save, such as decoding.
+
+        It does not ask the other ranks and saves nothing; `Run.stop_if_requested` does both.
+        """
         if self.signal:
             raise Stopped(self.signal)
 
