@@ -21,9 +21,17 @@ from kd import BadInput, TrainingFault
 
 Recipes = dict[str, dict[str, Any]]     # by name, the settings that differ from the defaults
 
-RANK = int(os.environ.get("RANK", "0"))         # of this process, under torchrun
-RANKS = int(os.environ.get("WORLD_SIZE", "1"))
 CACHE_DIR = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "kd")
+
+
+def rank() -> int:
+    """The number of this process among those that torchrun started, as it says in the environment; else 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def ranks() -> int:
+    """How many processes torchrun started; else 1."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 # ---- declaring and checking flags ------------------------------------------------------------------------------
@@ -153,12 +161,12 @@ def run(main: Callable[[Any], Any], config: Any) -> None:
     """
     try:
         with contextlib.ExitStack() as hushed:
-            if config.quiet or RANK:
+            if config.quiet or rank():
                 nowhere = hushed.enter_context(open(os.devnull, "w"))
                 hushed.enter_context(contextlib.redirect_stdout(nowhere))
                 hushed.enter_context(contextlib.redirect_stderr(nowhere))
             result = main(config)
-        if not RANK:
+        if not rank():
             print(json.dumps(result))
     except Exception as error:
         status = getattr(error, "status", None)  # of BadInput, TrainingFault and Stopped
@@ -179,17 +187,17 @@ def fail(message: object, status: int, program: str = "train.py") -> NoReturn:
     Several ranks may find the same fault. Rank 0 then says it and leaves, and torchrun ends the others while they wait
     here. A fault that only another rank found is said by that rank, after the wait.
     """
-    if RANK:
+    if rank():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)  # torchrun looks at its ranks ten times a second, but less often on a busy machine
-        message = f"rank {RANK}: {message}"
+        message = f"rank {rank()}: {message}"
     print(f"{program}: error: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(status)
 
 
 def _lost_rank(error: Exception) -> bool:
-    return RANKS > 1 and (type(error).__name__ in ("DistBackendError", "DistNetworkError")
-                          or "gloo" in str(error).lower())
+    of_network = type(error).__name__ in ("DistBackendError", "DistNetworkError") or "gloo" in str(error).lower()
+    return ranks() > 1 and of_network
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -23,9 +23,10 @@ def losses_of(photos: Path, folder: Path) -> list[float]:
     """The student's loss at each of its 20 steps."""
     config = train.Config(
         recipe="tutorial", dataset=str(photos), size=32, epochs=4, batch_size=8, lr=5e-4, schedule="cosine", warmup=0.1,
-        weight_decay=0.02, teacher="test_resnet", teacher_weights="none", teacher_epochs=1, teacher_lr=1e-4, teacher_augment="flip",
-        allow_weak_teacher=True, student="test_convnext", augment="flip", views=2, temperature=3.0,
-        out=str(folder / "run"), cache_dir=str(folder / "cache"), device="cpu", amp="off", kernels="off", compile="off")
+        weight_decay=0.02, teacher="test_resnet", teacher_weights="none", teacher_epochs=1, teacher_lr=1e-4,
+        teacher_augment="flip", allow_weak_teacher=True, student="test_convnext", augment="flip", views=2,
+        temperature=3.0, out=str(folder / "run"), cache_dir=str(folder / "cache"), device="cpu", amp="off",
+        kernels="off", compile="off")
     losses: list[float] = []
     real = train.train_step
 

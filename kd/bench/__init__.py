@@ -34,11 +34,11 @@ def main(argv: list[str]) -> None:
     if min(own.rounds, own.steps) < 2:
         raise BadInput("--rounds and --steps must be at least 2")
     cfg = cli.parse_config(train.Config, {**train.RECIPES, "demo": loop.DEFAULTS}, flags, __doc__ or "")
-    if name and cli.RANKS > 1:
+    if name and cli.ranks() > 1:
         raise BadInput(f"{name}: times one process against another; start it without torchrun")
 
     result = kinds.get(name, loop.parts)(cfg, own.rounds, own.steps)
-    if cli.RANK:  # the ranks have timed the same steps
+    if cli.rank():  # the ranks have timed the same steps
         return
     if own.json:
         print(json.dumps(result))

@@ -165,7 +165,7 @@ def switches(cfg: train.Config, rounds: int, steps: int) -> dict[str, Any]:
             bench = Bench(settings, steps, Path(name) / str(number))
             loop = _fit_of(bench)
             loops[path] = with_allocator(keep and bench.machine.kernels, loop)
-        for choice in ("on", "off"):
+        for choice in ("on", "off") if cfg.compile != "off" else ():
             bench = Bench(dataclasses.replace(cfg, compile=choice if not whole.machine.compile else "on"), steps,
                           Path(name) / f"teacher-{choice}")
             if not whole.machine.compile:   # the teacher only: the student stays as it is
@@ -178,8 +178,9 @@ def switches(cfg: train.Config, rounds: int, steps: int) -> dict[str, Any]:
         if path not in ("on", "teacher compile on", "teacher compile off"):
             key = "aa_ratio" if path == "again" else path
             result["gain"][key], result["gain_95"][key] = turns.ratio("on", path)
-    result["gain"]["the compiled teacher"], result["gain_95"]["the compiled teacher"] = turns.ratio(
-        "teacher compile on", "teacher compile off")
+    if "teacher compile on" in turns.names:
+        result["gain"]["the compiled teacher"], result["gain_95"]["the compiled teacher"] = turns.ratio(
+            "teacher compile on", "teacher compile off")
     return {**result, "rounds": rounds, "steps_a_round": steps, "batch_size": cfg.batch_size, "size": cfg.size,
             "loss": whole.loss_name, "line": whole.machine.line, "environment": runtime.environment()}
 

@@ -89,6 +89,7 @@ class Bench:
         if cold:
             self.teacher.store = LogitStore(self.folder / f"cold-{number}", {}, self.samples, len(self.data.classes))
         run = Run(self.folder / f"run-{number}", {}, set())
+        run.flush_before_save(self.teacher.store)
         job = train.Job("student", student, self.prep, self.data, self.views, self.machine, 1, self.cfg.lr,
                         self.cfg.kd_weight, self.teacher)
         with contextlib.redirect_stdout(sys.stderr if sys.stderr.isatty() else None):

@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional
 from torch import Tensor, nn
 
-from kd import BadInput
+from kd import BadInput, cli
 
 T = TypeVar("T")
 PATIENCE = timedelta(minutes=3)  # for ranks that do not come; torch's own limit is half an hour
@@ -28,7 +28,7 @@ PATIENCE = timedelta(minutes=3)  # for ranks that do not come; torch's own limit
 
 def check_batch_size(batch_size: int, accumulate: int) -> None:
     """Raise BadInput for a batch size that the ranks, and the parts of --accumulate, cannot share."""
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = cli.ranks()
     # The last batch of an epoch may be half as long. Each part of it still needs two samples, for BatchNorm.
     least = 4 * ranks * accumulate if ranks * accumulate > 1 else 2
     if batch_size % ranks or batch_size < least:
@@ -41,12 +41,12 @@ def join(device: torch.device) -> None:
 
     Raises BadInput where they cannot meet, as when a port is in use or a host out of reach.
     """
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = cli.ranks()
     if ranks > 1 and not dist.is_initialized():
         # Numbers that the host decides by go through gloo, so that the host need not wait for the GPUs.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         try:
-            dist.init_process_group(backend, store=_store_of_this_start(), rank=int(os.environ["RANK"]),
+            dist.init_process_group(backend, store=_store_of_this_start(), rank=cli.rank(),
                                     world_size=ranks)
         except (RuntimeError, ValueError) as error:  # torch's own network errors are RuntimeErrors
             place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"

@@ -9,7 +9,7 @@ from typing import Any, ContextManager, NamedTuple
 
 import torch
 
-from kd import BadInput
+from kd import BadInput, cli
 
 
 class Runtime(NamedTuple):
@@ -46,7 +46,7 @@ def start(device: str, amp: str, compile: str, kernels: str = "auto") -> Runtime
             tune_allocator()
         name = f"{torch.get_num_threads()} threads"
 
-    ranks = f" × {os.environ['WORLD_SIZE']} ranks" if "WORLD_SIZE" in os.environ else ""
+    ranks = f" × {cli.ranks()} ranks" if cli.ranks() > 1 else ""
     line = f"{chosen.type} ({name}){ranks}, {precision}" + (", compiled" if compiled else "")
     return Runtime(chosen, DTYPES[precision], compiled, kernels != "off", line)
 

@@ -2,11 +2,13 @@
 
 Every rank leaves NOTES.RANK.json: the mean loss of each step, and the hash of each (epoch's view, sample) that it saw.
 With --kill, rank 1 sends itself that signal before its STEP-th step, unless torchrun has started it again.
+With --rank-1 FLAGS, rank 1 has these flags in addition.
 """
 
 import hashlib
 import json
 import os
+import shlex
 import sys
 from typing import Any
 
@@ -47,11 +49,13 @@ if __name__ == "__main__":
     path, *flags = sys.argv[1:]
     kill = (0, -1)
     if flags[0] == "--kill":
-        if cli.RANK == 1 and not distributed.restarted():
+        if cli.rank() == 1 and not distributed.restarted():
             kill = (int(flags[1]), int(flags[2]))
         flags = flags[3:]
+    if flags[0] == "--rank-1":
+        flags = flags[2:] + (shlex.split(flags[1]) if cli.rank() == 1 else [])
     notes: dict[str, Any] = {}
     watch(notes, kill)
     cli.run(train.main, cli.parse_config(train.Config, train.RECIPES, flags, ""))
-    with open(f"{path}.{cli.RANK}.json", "w") as file:
+    with open(f"{path}.{cli.rank()}.json", "w") as file:
         json.dump(notes, file)
