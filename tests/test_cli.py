@@ -91,3 +91,15 @@ def test_a_bug_keeps_its_traceback():
 
     with pytest.raises(KeyError, match="a bug"):
         cli.run(main, parse())
+
+
+def test_the_command_gives_the_config_again():
+    for words in (["--recipe", "tutorial"], ["--seed", "4", "--control", "--lr", "0.01"],
+                  ["--recipe", "best", "--teacher", "tf_efficientnet_lite0", "--augment", "crop", "--views", "0"]):
+        config = cli.parse_config(train.Config, train.RECIPES, words, "")
+        command = cli.command(config, train.RECIPES, train.FREE_ON_RESUME)
+        assert command.startswith("python train.py")
+        assert cli.parse_config(train.Config, train.RECIPES, command.split()[2:], "") == config
+    assert cli.command(train.Config(dataset="a/b c/d"), {}, set()).endswith("--dataset d")
+    assert [cli.base_name(name) for name in ("someone/toy", "/x/beans", "~/beans", "./b", "imagenet", "a/b/c")] == [
+        "someone/toy", "beans", "beans", "b", "imagenet", "c"]
