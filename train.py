@@ -84,8 +84,7 @@ class Config:
     # Speed. `--kernels off --compile off --amp off` runs the plain loop that you read here.
     device: str = flag("auto", "where to compute", ("auto", "cpu", "cuda"))
     amp: str = flag("auto", "mixed precision", ("auto", "off", "bf16", "fp16"))
-    compile: str = flag("auto", "torch.compile the training (auto: on CUDA), and the frozen teacher "
-                        "(auto: if it has minutes of work)", ("auto", "on", "off"))
+    compile: str = flag("auto", "torch.compile the training (auto: on CUDA)", ("auto", "on", "off"))
     kernels: str = flag("auto", "fused kernels (kd/fast) and a tuned allocator; off: plain PyTorch",
                         ("auto", "off"))
     loss: str = flag("auto", "implementation of the loss", ("auto", "reference", "fused"))
@@ -130,7 +129,7 @@ from kd.batches import Batch, count_batches, load_batches
 from kd.data.frames import Data, decode
 from kd.data.samples import Dataset
 from kd.data.sources import open_dataset
-from kd.fast import blocks, compiled_teacher
+from kd.fast import blocks
 from kd.losses import LossFunction
 from kd.machine import console, distributed, files, hub, runtime
 from kd.machine.health import Guard
@@ -360,7 +359,8 @@ def main(cfg: Config) -> dict[str, Any]:
                     model_card(cfg, "teacher", {}))
 
     # ---- 3. It is frozen. From here on it only answers, and each answer is kept. ------------------
-    teacher = freeze_teacher(teacher_model, teacher_prep, teacher_data, views, cfg, machine)
+    options = StoreOptions(Path(cfg.cache_dir).expanduser(), cfg.topk, cfg.temperature)
+    teacher = Teacher(models.freeze(teacher_model), teacher_prep, teacher_data, views, machine, options)
     run.flush_before_save(teacher.store)      # a checkpoint finds all its answers on the disk
     validation_logits = teacher.predict(teacher_data.validation, "teacher validation",
                                         run.stop_if_requested)
@@ -456,17 +456,6 @@ def train_once(job: Job, cfg: Config, run: Run) -> None:
         fit(job, cfg, run)
         run.mark_done(job.role)
     run.load_best(job.role, job.model)
-
-
-def freeze_teacher(model: nn.Module, prep: models.Preprocessing, data: Data, views: Views,
-                   cfg: Config, machine: Runtime) -> Teacher:
-    """The teacher that answers: frozen, compiled where that pays, its logits under --cache-dir."""
-    models.freeze(model)
-    pictures = views.used(cfg.epochs) * len(data.train)       # how many it will be asked about
-    compiled = compiled_teacher.worth_compiling(model, pictures, cfg.size, cfg.compile)
-    options = StoreOptions(Path(cfg.cache_dir).expanduser(), cfg.topk, cfg.temperature)
-    return Teacher(model, prep, data, views, machine, options,
-                   batch_size=cfg.batch_size if compiled else 0)
 
 
 def headline(name: str, data: Data, teacher: nn.Module, student: nn.Module, views: Views,

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from kd import models
 from kd.batches import Batch
 from kd.data.frames import Data, Split
-from kd.fast import compiled_teacher
 from kd.logits import LogitStore
 from kd.machine import distributed
 from kd.machine.runtime import Runtime
@@ -35,15 +34,10 @@ class Teacher:
     """A frozen model that answers from disk what it has answered before."""
 
     def __init__(self, model: nn.Module, prep: models.Preprocessing, data: Data, views: Views, runtime: Runtime,
-                 options: StoreOptions, batch_size: int = 0) -> None:
-        """model: frozen, in eval mode; prep: what timm declares for it; data: pictures resized as `prep` says.
-
-        batch_size: compile the model for batches of that size; 0: leave it as it is.
-        """
+                 options: StoreOptions) -> None:
+        """model: frozen, in eval mode; prep: what timm declares for it; data: pictures resized as `prep` says."""
         self.model, self.prep, self.data, self.views, self.runtime = model, prep, data, views, runtime
-        self.options, self.compiled = options, batch_size > 0
-        self.weights = models.digest(model)
-        self.answer: Callable[[Tensor], Tensor] = compiled_teacher.compile_frozen(model, batch_size, self.compiled)
+        self.options, self.weights = options, models.digest(model)
         self.store = self._open_store(data.train, views.augmentation)
 
     @torch.no_grad()
@@ -60,7 +54,7 @@ class Teacher:
                                 self.views, self.runtime.device)
         # Both see the same view, each normalised with the mean and std of its own weights.
         with self.runtime.autocast():
-            logits = self.answer(models.normalize(pixels, self.prep)).float()
+            logits = self.model(models.normalize(pixels, self.prep)).float()
         return self.store.put(batch.view, batch.samples, logits)
 
     def predict(self, split: Split, label: str, stop: Callable[[], None] = lambda: None) -> np.ndarray:
@@ -86,6 +80,6 @@ class Teacher:
             torch=torch.__version__, timm=timm.__version__)
         if augmentation is None:
             return LogitStore(self.options.folder / "logits", key, len(split), len(self.data.classes))
-        key.update(augment=augmentation, seed=self.views.seed, code=CODE, compiled=self.compiled)
+        key.update(augment=augmentation, seed=self.views.seed, code=CODE)
         return LogitStore(self.options.folder / "logits", key, len(split), len(self.data.classes), self.options.topk,
                           self.options.temperature)

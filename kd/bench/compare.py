@@ -135,55 +135,33 @@ def compare(cfg: train.Config, rounds: int, steps: int) -> dict[str, Any]:
 
 
 def switches(cfg: train.Config, rounds: int, steps: int) -> dict[str, Any]:
-    """What each fast path gains: the whole loop as it is, over the same loop without that path.
-
-    Each ratio is of images/s with stored logits, but for the compiled teacher's, whose teacher is asked.
-    """
-    off = {"blocks, loss and allocator": dataclasses.replace(cfg, kernels="off"),
-           "the fused loss": dataclasses.replace(cfg, loss="reference"),
-           "mixed precision": dataclasses.replace(cfg, amp="off")}
+    """What each fast path gains: images/s of the whole loop, over those of the same loop without that path."""
     with tempfile.TemporaryDirectory() as name:
-        whole = Bench(cfg, steps, Path(name) / "whole")
-        on_cpu = whole.machine.device.type == "cpu"
-        keep = on_cpu and whole.machine.kernels
 
-        def with_allocator(tuned: bool, loop: Callable[[], float]) -> Callable[[], float]:
-            def run() -> float:
-                runtime.tune_allocator(tuned)
-                rate = loop()
-                runtime.tune_allocator(keep)
-                return rate
-            return run
+        def bench(**changes: Any) -> Bench:
+            folder = "-".join(f"{flag}-{value}" for flag, value in changes.items()) or "unchanged"
+            return Bench(dataclasses.replace(cfg, **changes), steps, Path(name) / folder)
 
-        loops = {"on": lambda: whole.fit(whole.student), "again": lambda: whole.fit(whole.student),
-                 "stored logits": lambda: whole.fit(whole.student, cold=True)}
-        if keep:
-            loops["the allocator"] = with_allocator(False, loops["on"])
-        for number, (path, settings) in enumerate(off.items()):
-            if settings == cfg:
-                continue
-            bench = Bench(settings, steps, Path(name) / str(number))
-            loop = _fit_of(bench)
-            loops[path] = with_allocator(keep and bench.machine.kernels, loop)
-        for choice in ("on", "off") if cfg.compile != "off" else ():
-            bench = Bench(dataclasses.replace(cfg, compile=choice if not whole.machine.compile else "on"), steps,
-                          Path(name) / f"teacher-{choice}")
-            if not whole.machine.compile:   # the teacher only: the student stays as it is
-                bench.machine = whole.machine
-            loops[f"teacher compile {choice}"] = _fit_of(bench, cold=True)
-        turns = Turns(loops, rounds)
+        whole = bench()
+        tuned = whole.machine.device.type == "cpu" and whole.machine.kernels
 
-    result: dict[str, Any] = {"images_per_second": turns.median("on"), "gain": {}, "gain_95": {}}
-    for path in turns.names:
-        if path not in ("on", "teacher compile on", "teacher compile off"):
-            key = "aa_ratio" if path == "again" else path
-            result["gain"][key], result["gain_95"][key] = turns.ratio("on", path)
-    if "teacher compile on" in turns.names:
-        result["gain"]["the compiled teacher"], result["gain_95"]["the compiled teacher"] = turns.ratio(
-            "teacher compile on", "teacher compile off")
-    return {**result, "rounds": rounds, "steps_a_round": steps, "batch_size": cfg.batch_size, "size": cfg.size,
-            "loss": whole.loss_name, "line": whole.machine.line, "environment": runtime.environment()}
+        def loop(bench: Bench, cold: bool = False, allocator: bool = tuned) -> Callable[[], float]:
+            def images_per_second() -> float:
+                runtime.tune_allocator(allocator)   # it is the process's, so each loop sets it
+                return bench.fit(bench.student, cold)
+            return images_per_second
 
+        # ---- the loop as it is, and without each path ----------------------------------------------------------
+        on = loop(whole)
+        without = {"A/A": on, "stored logits": loop(whole, cold=True),
+                   "the allocator": loop(whole, allocator=False),
+                   "all kernels and the allocator": loop(bench(kernels="off"), allocator=False),
+                   "the fused loss": loop(bench(loss="reference")),
+                   "mixed precision": loop(bench(amp="off"))}
+        turns = Turns({"on": on, **without}, rounds)
 
-def _fit_of(bench: Bench, cold: bool = False) -> Callable[[], float]:
-    return lambda: bench.fit(bench.student, cold)
+    ratios = {path: turns.ratio("on", path) for path in without}
+    return {"images_per_second": turns.median("on"), "gain": {path: ratio for path, (ratio, _) in ratios.items()},
+            "gain_95": {path: interval for path, (_, interval) in ratios.items()}, "rounds": rounds,
+            "steps_a_round": steps, "batch_size": cfg.batch_size, "size": cfg.size, "loss": whole.loss_name,
+            "line": whole.machine.line, "environment": runtime.environment()}

@@ -19,7 +19,6 @@ from kd import models
 from kd.batches import Batch, load_batches
 from kd.bench.limits import communication, machine_limits, training_flops, wait
 from kd.data.frames import Data, Split
-from kd.fast import compiled_teacher
 from kd.logits import LogitStore
 from kd.machine import distributed, runtime
 from kd.run import Run
@@ -68,9 +67,8 @@ class Bench:
         self.data = Data(data.classes, block, single, single)
         self.views = Views(0, cfg.size, train.AUGMENTATIONS[cfg.augment], 1)
 
-        compiled = compiled_teacher.worth_compiling(teacher, len(data.train), cfg.size, cfg.compile)
         self.teacher = Teacher(teacher, models.preprocessing(teacher), self.data, self.views, self.machine,
-                               StoreOptions(folder), batch_size=cfg.batch_size if compiled else 0)
+                               StoreOptions(folder))
         self.warm = self.teacher.store
         self.loss_fn, self.loss_name = train.choose_loss(self.data, self.views, cfg.kd_weight, cfg,
                                                          self.machine)
@@ -135,7 +133,7 @@ def parts(cfg: train.Config, rounds: int, steps: int) -> dict[str, Any]:
         for batch in bench.batches():
             begin = wait(device)
             with torch.no_grad(), bench.machine.autocast():
-                bench.teacher.answer(models.normalize(batch.pixels, bench.teacher.prep))
+                bench.teacher.model(models.normalize(batch.pixels, bench.teacher.prep))
             asked.append(wait(device) - begin)
 
     wall = float(np.mean(walls) * 1e3)
