@@ -44,7 +44,8 @@ class Clock:
     """Seconds of work, over all processes of a run; paused while the run saves or validates."""
 
     def __init__(self, seconds: float = 0.0) -> None:
-        self._before, self._since = seconds, None  # type: tuple[float, float | None]
+        self._before = seconds                  # until the last start
+        self._since: float | None = None        # when it was started; None while paused
 
     @property
     def seconds(self) -> float:
@@ -83,7 +84,7 @@ class Run:
 
     def __init__(self, out: Path, settings: Mapping[str, Any], free: set[str], save_minutes: float = 10.0,
                  resume: bool = False, overwrite: bool = False) -> None:
-        """Open the folder of a run, which a signal may then stop.
+        """Open the folder of a run. `stop.install()` then lets signals stop it.
 
         settings: recorded and compared, never interpreted; `free` names those that a resumed run may change.
         Raises BadInput where the folder holds another run, something else, or a run with other settings.
@@ -108,7 +109,7 @@ class Run:
         self._flush_first: list[Flushable] = []
         self._last_save = time.monotonic()
         self._records = Records(out)
-        self.stop = Stop()                  # `stop.install()` makes signals heard
+        self.stop = Stop()
 
     @property
     def seconds(self) -> float:

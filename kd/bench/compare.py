@@ -138,11 +138,11 @@ def switches(cfg: train.Config, rounds: int, steps: int) -> dict[str, Any]:
     """What each fast path gains: images/s of the whole loop, over those of the same loop without that path."""
     with tempfile.TemporaryDirectory() as name:
 
-        def bench(**changes: Any) -> Bench:
+        def bench_with(**changes: Any) -> Bench:
             folder = "-".join(f"{flag}-{value}" for flag, value in changes.items()) or "unchanged"
             return Bench(dataclasses.replace(cfg, **changes), steps, Path(name) / folder)
 
-        whole = bench()
+        whole = bench_with()
         tuned = whole.machine.device.type == "cpu" and whole.machine.kernels
 
         def loop(bench: Bench, cold: bool = False, allocator: bool = tuned) -> Callable[[], float]:
@@ -155,9 +155,9 @@ def switches(cfg: train.Config, rounds: int, steps: int) -> dict[str, Any]:
         on = loop(whole)
         without = {"A/A": on, "stored logits": loop(whole, cold=True),
                    "the allocator": loop(whole, allocator=False),
-                   "all kernels and the allocator": loop(bench(kernels="off"), allocator=False),
-                   "the fused loss": loop(bench(loss="reference")),
-                   "mixed precision": loop(bench(amp="off"))}
+                   "all kernels and the allocator": loop(bench_with(kernels="off"), allocator=False),
+                   "the fused loss": loop(bench_with(loss="reference")),
+                   "mixed precision": loop(bench_with(amp="off"))}
         turns = Turns({"on": on, **without}, rounds)
 
     ratios = {path: turns.ratio("on", path) for path in without}
