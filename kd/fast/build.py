@@ -4,12 +4,16 @@ A later process finds the library there and only loads it. The cache is the fold
 TORCH_EXTENSIONS_DIR names, else ~/.cache/torch_extensions.
 """
 
+import contextlib
 import hashlib
 import logging
 import os
+import shutil
 import sys
+import sysconfig
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -72,11 +76,42 @@ def _library(source: Path, flags: Sequence[str], seconds: int) -> Path:
     if sys.stderr.isatty():
         print(f"building kd/fast/{source.name}, only this once: about {seconds} s",
               file=sys.stderr, flush=True)
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder, _ninja_and_compiler():
         cpp_extension.load(f"kd_{source.stem}", [str(source)], extra_cflags=flags,
                            build_directory=folder, is_python_module=False)
         os.replace(next(Path(folder).glob("*.so")), library)
     return library
+
+
+_environment_lock = threading.Lock()     # os.environ belongs to all threads
+
+
+@contextlib.contextmanager
+def _ninja_and_compiler() -> Iterator[None]:
+    """Name ninja and a compiler in the environment, where cpp_extension looks for them; undone afterwards.
+
+    ninja: an IDE, cron, a Jupyter kernel or pipx runs the Python of a virtual environment without
+    activating it. The programs that pip installed there are then not on PATH.
+    compiler: cpp_extension takes CXX, else `c++`. Some machines have only `g++`.
+    """
+    folders = [os.path.dirname(sys.executable or ""), sysconfig.get_path("scripts"),
+               sysconfig.get_path("scripts", sysconfig.get_preferred_scheme("user"))]
+    with _environment_lock:
+        # The folders come last, so that PATH still finds every other program where it did before.
+        path = os.pathsep.join([os.environ.get("PATH", os.defpath), *filter(None, folders)])
+        changes = {"PATH": path}
+        if "CXX" not in os.environ and not shutil.which("c++") and shutil.which("g++"):
+            changes["CXX"] = "g++"
+        before = {name: os.environ.get(name) for name in changes}
+        os.environ.update(changes)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
 
 
 def _first_error(error: Exception) -> str:
