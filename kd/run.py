@@ -5,11 +5,13 @@ that this project exists to avoid. What there is to learn stands in train.py.
 """
 
 import json
+import os
+import re
 import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Mapping, Protocol
+from typing import Any, Mapping, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +23,13 @@ from kd.machine.health import Guard
 from kd.machine.records import Records
 from kd.machine.signals import Stop, Stopped
 
-# what a run leaves behind, and --overwrite removes: never a whole folder, in case it holds something else as well
+# What a run leaves behind, and --overwrite removes: never a whole folder, in case it holds something else as well.
+# The order is that of removal. After a kill in between, the result never stands for files that are gone, and no
+# checkpoint looks for them.
+RUN_FILES = ("result.json", "last.ckpt.previous", "last.ckpt", "metrics.jsonl", "predictions.npz", "report.html")
 RUN_FOLDERS = ("student", "teacher", "control", "tensorboard")
-RUN_FILES = ("last.ckpt", "last.ckpt.previous", "metrics.jsonl", "result.json", "predictions.npz", "report.html")
+# In this folder --overwrite has removed nothing yet. Ranks that torchrun restarts must not resume the run in it.
+NOT_REPLACED = ".overwrite.tmp"
 
 
 class Flushable(Protocol):
@@ -87,16 +93,18 @@ class Run:
         """Open the folder of a run. `stop.install()` then lets signals stop it.
 
         settings: recorded and compared, never interpreted; `free` names those that a resumed run may change.
+        overwrite: replace the run in the folder; `write_config` does so, and until then the folder stays as it is.
         Raises BadInput where the folder holds another run, something else, or a run with other settings.
         """
         self.out, self.settings, self.free, self.save_minutes = out, settings, free, save_minutes
         self.commit = runtime.commit()      # of the code that runs, read before anybody changes it
-        resume = resume or bool(distributed.max_over_ranks(distributed.restarted())[0])
-        saved = distributed.broadcast_from_rank0(lambda: open_folder(out, settings, free, resume, overwrite))
-        # the result of a run that has nothing left to do, else None
-        self.finished = distributed.broadcast_from_rank0(lambda: read_finished(out, saved))
+        restarted = bool(distributed.max_over_ranks(distributed.restarted())[0])
+        opened = distributed.broadcast_from_rank0(
+            lambda: open_folder(out, settings, free, resume, overwrite, restarted))
+        self._replaces = opened.replaces
+        self.finished = opened.finished     # the result of a run that has nothing left to do, else None
 
-        saved = saved or {}
+        saved = opened.checkpoint or {}
         self.history: list[dict[str, Any]] = saved.pop("history", [])   # an entry an epoch
         self.roles_done: list[str] = saved.pop("roles_done", [])
         self.facts: dict[str, str] = saved.pop("facts", {})
@@ -131,9 +139,19 @@ class Run:
                 raise BadInput(f"--resume: what --{name.replace('_', '-')} stands for has changed since the run "
                                f"began; give it as it was, or start again with --overwrite")
 
-    def write_config(self) -> None:
-        """Write config.json, which makes the folder a run. Called once data and models are found to be good."""
-        write_atomic(self.out / "config.json", json.dumps(dict(self.settings), indent=2).encode())
+    def write_config(self, **facts: Any) -> None:
+        """Write config.json, which makes the folder a run. Called once data and models are found to be good.
+
+        Under `overwrite` the run that the folder held is removed first. facts: what config.json holds beside the
+        settings. Collective: no rank goes on before the old run is gone. Raises BadInput where it cannot be removed.
+        """
+        def write() -> None:
+            if self._replaces:
+                remove_run(self.out)
+            write_atomic(self.out / "config.json", json.dumps({**self.settings, **facts}, indent=2).encode())
+            (self.out / NOT_REPLACED).unlink(missing_ok=True)
+
+        distributed.broadcast_from_rank0(write)
 
     # ---- position and checkpoint ---------------------------------------------------------------------------
 
@@ -238,6 +256,79 @@ class Run:
 
 # ---- the folder ------------------------------------------------------------------------------------------------
 
+def default_folder(recipe: str, dataset: str, config: str, own_dataset: str) -> Path:
+    """The folder of a run without --out. Two data sets never share one.
+
+    own_dataset: the recipe's, whose runs have the folder runs/RECIPE. Other data add their Hub id, or their path from
+    the working directory (absolute where they lie outside), and their --config. A slash becomes "--".
+    """
+    if (dataset, config) == (own_dataset, ""):
+        return Path("runs", recipe)
+    name, path = dataset, Path(dataset).expanduser()
+    if path.exists() or dataset.startswith(("/", "~", ".")):
+        name = os.path.abspath(path).removeprefix(os.path.join(os.getcwd(), ""))
+    words = [re.sub(r"[^\w.-]", "-", word.replace("/", "--")) for word in (name, config) if word]
+    return Path("runs", f"{recipe}-{'@'.join(words)}")
+
+
+def refuse_inside(out: Path, flag: str, path: str) -> None:
+    """Raise BadInput where `path`, the value of `flag`, is a file or folder that --overwrite removes from `out`."""
+    place = Path(path).expanduser().resolve()
+    for name in RUN_FOLDERS + RUN_FILES:
+        part = (out / name).resolve()
+        if place.exists() and part in (place, *place.parents):
+            raise BadInput(f"{flag} {path}: --overwrite would remove it with the run in {out}; copy it to another "
+                           f"place first, or give another --out")
+
+
+class Opened(NamedTuple):
+    """What `open_folder` found."""
+
+    checkpoint: dict[str, Any] | None   # of the run that goes on
+    finished: dict[str, Any] | None     # the result of one that has nothing left to do
+    replaces: bool                      # whether an old run goes once data and models are found to be good
+
+
+def open_folder(out: Path, settings: Mapping[str, Any], free: set[str], resume: bool, overwrite: bool,
+                restarted: bool = False) -> Opened:
+    """Make the folder of a run, if need be, and read the run in it under `resume`. Nothing of a run is removed.
+
+    restarted: torchrun has started the ranks again, so that the run that they began goes on.
+
+    What makes a folder a run is its config.json. Raises BadInput where the folder holds another run and neither
+    `resume` nor `overwrite` is given, where it holds something else, and where a resumed run has another setting than
+    before (those in `free` aside).
+    """
+    record = out / "config.json"
+    try:
+        resume = resume or restarted and not (overwrite and (out / NOT_REPLACED).exists())
+        holds_run = out.exists() and any(path for path in out.iterdir() if not path.match(".config.json.*.tmp"))
+        if holds_run and not is_run(out):
+            raise BadInput(f"--out {out}: holds files that are not a run; give another folder")
+        if holds_run and not (resume or overwrite):
+            raise BadInput(f"--out {out}: holds another run; go on with --resume, replace it with --overwrite, or give "
+                           f"another folder")
+
+        out.mkdir(parents=True, exist_ok=True)
+        sweep(out)
+        if holds_run and resume:
+            _check_settings(json.loads(record.read_text()), settings, free)
+            saved = checkpoint.load(out / "last.ckpt")
+            return Opened(saved, read_finished(out, saved), replaces=False)
+        if holds_run and torch.distributed.is_torchelastic_launched():
+            (out / NOT_REPLACED).touch()
+        return Opened(None, None, replaces=holds_run)
+    except OSError as error:
+        raise BadInput(f"--out {out}: {error.strerror}; give a folder that can be written") from error
+    except ValueError as error:
+        raise BadInput(f"{record}: not readable ({error}); replace the run with --overwrite") from error
+
+
+def is_run(out: Path) -> bool:
+    """Whether a folder holds a run. A saved model has a config.json, too, but beside its weights."""
+    return (out / "config.json").is_file() and not (out / "model.safetensors").exists()
+
+
 def read_finished(out: Path, saved: dict[str, Any] | None) -> dict[str, Any] | None:
     """The result of a run that has nothing left to do. One that lacks only its page goes on from its checkpoint."""
     result = out / "result.json"
@@ -246,43 +337,25 @@ def read_finished(out: Path, saved: dict[str, Any] | None) -> dict[str, Any] | N
     return None
 
 
-def open_folder(out: Path, settings: Mapping[str, Any], free: set[str], resume: bool,
-                overwrite: bool) -> dict[str, Any] | None:
-    """Make the folder of a run, if need be. Returns its checkpoint under `resume`, else None.
-
-    What makes it a run is its config.json. Raises BadInput where the folder holds another run and neither `resume`
-    nor `overwrite` is given, where it holds something else, and where a resumed run has another setting than before
-    (those in `free` aside).
-    """
-    record = out / "config.json"
+def remove_run(out: Path) -> None:
+    """Remove what a run left in its folder, but for config.json, which the next run replaces at once."""
     try:
-        if out.exists() and any(path for path in out.iterdir() if not path.match(".config.json.*.tmp")):
-            if not record.is_file():
-                raise BadInput(f"--out {out}: holds files that are not a run; give another folder")
-            if resume or overwrite:
-                sweep(out)
-            if resume:
-                _check_settings(json.loads(record.read_text()), settings, free)
-                return checkpoint.load(out / "last.ckpt")
-            if not overwrite:
-                raise BadInput(f"--out {out}: holds another run; go on with --resume, replace it with --overwrite, or "
-                               f"give another folder")
-            for name in RUN_FOLDERS:
-                shutil.rmtree(out / name, ignore_errors=True)
-            for name in RUN_FILES:
-                (out / name).unlink(missing_ok=True)
-        out.mkdir(parents=True, exist_ok=True)
-        sweep(out)
+        for name in RUN_FILES + RUN_FOLDERS:
+            path = out / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
     except OSError as error:
-        raise BadInput(f"--out {out}: {error.strerror}; give a folder that can be written") from error
-    except ValueError as error:
-        raise BadInput(f"{record}: not readable ({error}); replace the run with --overwrite") from error
-    return None
+        raise BadInput(f"--overwrite: {error.filename} cannot be removed ({error.strerror}); give another --out"
+                       ) from error
 
 
 def _check_settings(before: dict[str, Any], settings: Mapping[str, Any], free: set[str]) -> None:
-    changed = [f"--{name.replace('_', '-')} {value} (was {before.get(name)})" for name, value in settings.items()
-               if name not in free and before.get(name) != value]
+    # a flag that is newer than the run was off, or empty
+    old = {name: before.get(name, type(value)()) for name, value in settings.items()}
+    changed = [f"--{name.replace('_', '-')} {value} (was {old[name]})" for name, value in settings.items()
+               if name not in free and old[name] != value]
     if changed:
         raise BadInput(f"--resume: another setting makes another run: {', '.join(changed)}")
 

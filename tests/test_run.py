@@ -1,6 +1,10 @@
 """A run's folder: never lost by accident, never another run's; and its position, clock and checkpoint."""
 
+import errno
+import hashlib
+import itertools
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +22,7 @@ from kd.run import Clock, Run
 STATE = {"model": {"weight": torch.arange(300.0)}, "history": [{"role": "x"}]}
 
 
-def open_folder(out: Path, config: dict, resume: bool = False, overwrite: bool = False):
+def open_folder(out: Path, config: dict, resume: bool = False, overwrite: bool = False) -> run.Opened:
     opened = run.open_folder(out, config, {"out"}, resume, overwrite)
     files.write_atomic(out / "config.json", json.dumps(config).encode())
     return opened
@@ -26,31 +30,36 @@ def open_folder(out: Path, config: dict, resume: bool = False, overwrite: bool =
 
 def test_a_run_is_never_overwritten_by_accident(tmp_path):
     out = tmp_path / "run"
-    assert open_folder(out, {"lr": 1.0, "out": "a"}) is None
+    assert open_folder(out, {"lr": 1.0, "out": "a"}) == (None, None, False)
     with pytest.raises(BadInput, match="--resume.*--overwrite"):
         open_folder(out, {"lr": 1.0, "out": "a"})
     checkpoint.save(out / "last.ckpt", STATE)
-    state = open_folder(out, {"lr": 1.0, "out": "b"}, resume=True)
+    state = open_folder(out, {"lr": 1.0, "out": "b"}, resume=True).checkpoint
     assert state is not None and torch.equal(state["model"]["weight"], torch.arange(300.0))
     with pytest.raises(BadInput, match=r"--lr 2\.0 \(was 1\.0\)"):
         open_folder(out, {"lr": 2.0, "out": "a"}, resume=True)
 
 
-def test_overwrite_removes_the_run_but_nothing_else(tmp_path):
-    open_folder(tmp_path / "run", {})
-    checkpoint.save(tmp_path / "run" / "last.ckpt", STATE)
-    (tmp_path / "run" / "notes.txt").write_text("mine")
-    open_folder(tmp_path / "run", {}, overwrite=True)
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["config.json", "notes.txt"]
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "thesis.tex").write_text("mine")
+def test_a_flag_that_is_newer_than_the_run_was_off_or_empty(tmp_path):
+    open_folder(tmp_path / "run", {"lr": 1.0})
+    open_folder(tmp_path / "run", {"lr": 1.0, "config": "", "follow_links": False}, resume=True)
+    with pytest.raises(BadInput, match=r"another run: --label fine \(was \)$"):
+        open_folder(tmp_path / "run", {"lr": 1.0, "config": "", "follow_links": False, "label": "fine"}, resume=True)
+
+
+@pytest.mark.parametrize("stranger", ["thesis.tex", "config.json, model.safetensors"])
+def test_what_is_not_a_run_is_not_overwritten(tmp_path, stranger):
+    for name in stranger.split(", "):
+        (tmp_path / name).write_text("{}")
+    before = digests(tmp_path)
     with pytest.raises(BadInput, match="not a run"):
-        open_folder(tmp_path / "home", {}, overwrite=True)
+        open_folder(tmp_path, {}, overwrite=True)
+    assert digests(tmp_path) == before
 
 
 def test_a_kill_inside_the_very_first_write_is_no_obstacle(tmp_path):
     (tmp_path / ".config.json.77.tmp").write_text("{")
-    assert run.open_folder(tmp_path, {}, set(), resume=True, overwrite=False) is None
+    assert run.open_folder(tmp_path, {}, set(), resume=True, overwrite=False) == (None, None, False)
     assert not list(tmp_path.iterdir())
 
 
@@ -75,6 +84,152 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(BadInput, match="--out"):
         open_folder(tmp_path / "file" / "run", {})
+
+
+# ---- the default folder ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dataset, config, folder", [
+    ("beans", "", "tutorial"), ("leaves", "", "tutorial-leaves"), ("beans", "small", "tutorial-beans@small"),
+    ("someone/beans", "", "tutorial-someone--beans"), ("someone/beans", "a b/c", "tutorial-someone--beans@a-b--c"),
+    ("photos", "", "tutorial-photos"), ("./photos/", "", "tutorial-photos"), ("HERE/photos", "", "tutorial-photos"),
+    ("photos/côte d'azur", "", "tutorial-photos--côte-d-azur"), ("/data/photos", "", "tutorial---data--photos"),
+    ("~/photos", "", "tutorial---home--me--photos")])
+def test_every_data_set_has_a_default_folder_of_its_own(tmp_path, monkeypatch, dataset, config, folder):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    (tmp_path / "photos").mkdir()
+    made = run.default_folder("tutorial", dataset.replace("HERE", str(tmp_path)), config, own_dataset="beans")
+    assert made == Path("runs", folder)
+
+
+# ---- --overwrite -----------------------------------------------------------------------------------------------
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file in a folder, by its path."""
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in folder.rglob("*") if path.is_file()}
+
+
+def finished_run(out: Path) -> Path:
+    """A folder with everything that a run leaves, and a file of the user's own."""
+    open_folder(out, {"lr": 1.0})
+    for name in run.RUN_FOLDERS:
+        (out / name).mkdir()
+        (out / name / "weights").write_text(name)
+    for name in run.RUN_FILES:
+        (out / name).write_text("{}")
+    checkpoint.save(out / "last.ckpt", STATE)
+    (out / "notes.txt").write_text("mine")
+    return out
+
+
+def test_overwrite_removes_the_old_run_where_the_new_one_begins_and_nothing_else(tmp_path):
+    out = finished_run(tmp_path / "run")
+    before = digests(out)
+    opened = Run(out, {"lr": 2.0}, set(), overwrite=True)
+    opened.must_match(**FACTS)
+    assert digests(out) == before                   # data and models may still be refused
+    assert opened.finished is None and opened.history == [] and not opened.done("student")
+    opened.write_config(data={"classes": ["a", "b"]})
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "notes.txt"]
+    assert json.loads((out / "config.json").read_text()) == {"lr": 2.0, "data": {"classes": ["a", "b"]}}
+    assert opened.write_result({"new": True}) == {"new": True}
+    opened.write_config()                           # a second call finds nothing of an old run
+
+
+def test_a_resumed_run_keeps_its_files_when_it_writes_its_config(tmp_path):
+    out = finished_run(tmp_path / "run")
+    before = digests(out)
+    Run(out, {"lr": 1.0}, set(), resume=True, overwrite=True).write_config()
+    assert digests(out).keys() == before.keys()
+
+
+def test_a_link_to_a_folder_goes_but_not_what_it_leads_to(tmp_path):
+    out = finished_run(tmp_path / "run")
+    (out / "teacher").rename(tmp_path / "elsewhere")
+    (out / "teacher").symlink_to(tmp_path / "elsewhere")
+    Run(out, {"lr": 2.0}, set(), overwrite=True).write_config()
+    assert not (out / "teacher").is_symlink() and (tmp_path / "elsewhere" / "weights").read_text() == "teacher"
+
+
+@pytest.mark.parametrize("removals", range(len(run.RUN_FILES + run.RUN_FOLDERS) + 1))
+def test_a_kill_while_the_old_run_is_removed_leaves_no_half_of_it(tmp_path, monkeypatch, removals):
+    out = finished_run(tmp_path / "run")
+    opened = Run(out, {"lr": 2.0}, set(), overwrite=True)
+
+    class Killed(BaseException):
+        pass
+
+    count = itertools.count()
+    unlink, rmtree = Path.unlink, shutil.rmtree
+
+    def last_moments(remove):
+        def removing(path, **options):
+            if next(count) == removals:
+                raise Killed
+            remove(path, **options)
+        return removing
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Path, "unlink", last_moments(unlink))
+        patch.setattr(shutil, "rmtree", last_moments(rmtree))
+        opened.write_config()
+
+    left = set(digests(out))
+    weights = {f"{name}/weights" for name in run.RUN_FOLDERS}
+    if removals == 0:
+        assert Run(out, {"lr": 1.0}, set(), resume=True).finished == {}
+    else:       # neither a result nor a checkpoint stands for what is gone
+        assert "result.json" not in left
+        assert "last.ckpt" not in left or weights <= left
+    assert "config.json" in left and "notes.txt" in left
+    Run(out, {"lr": 2.0}, set(), overwrite=True).write_config()
+    assert set(digests(out)) == {"config.json", "notes.txt"}
+
+
+def test_ranks_that_are_restarted_resume_the_new_run_never_the_old_one(tmp_path, monkeypatch):
+    out = finished_run(tmp_path / "run")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    Run(out, {"lr": 1.0}, set(), overwrite=True)            # a rank dies before data and models are loaded
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    again = Run(out, {"lr": 1.0}, set(), overwrite=True)
+    assert again.finished is None and again.history == []
+    again.write_config()
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "notes.txt"]
+    checkpoint.save(out / "last.ckpt", {"history": [{"role": "teacher"}]})
+    assert Run(out, {"lr": 1.0}, set(), overwrite=True).history == [{"role": "teacher"}]
+
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")        # and what a start under torchrun leaves ends there
+    Run(out, {"lr": 1.0}, set(), overwrite=True)
+    assert Run(out, {"lr": 1.0}, set(), resume=True).history == [{"role": "teacher"}]
+    assert not list(out.glob(".*"))
+
+
+def test_an_old_run_that_cannot_be_removed_is_named(tmp_path, monkeypatch):
+    opened = Run(finished_run(tmp_path / "run"), {"lr": 2.0}, set(), overwrite=True)
+
+    def busy(path, **options):
+        raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    with pytest.raises(BadInput, match="--overwrite: .*student cannot be removed .Device or resource busy.; give"):
+        opened.write_config()
+
+
+def test_a_teacher_inside_the_run_that_overwrite_removes_is_refused(tmp_path, monkeypatch):
+    out = finished_run(tmp_path / "run")
+    (tmp_path / "link").symlink_to(out)
+    (out / "copy").mkdir()
+    monkeypatch.chdir(out / "teacher")
+    inside = (str(out / "teacher"), str(out / "teacher" / "weights"), str(tmp_path / "link" / "teacher"), ".",
+              "../control")
+    for folder in (out, tmp_path / "link"):
+        for path in inside:
+            with pytest.raises(BadInput, match="^--teacher-weights .*copy it to another place first") as caught:
+                run.refuse_inside(folder, "--teacher-weights", path)
+            assert "\n" not in str(caught.value)
+        for path in (str(out / "copy"), str(tmp_path / "teacher"), "imagenet", str(out) + "-other/teacher"):
+            run.refuse_inside(folder, "--teacher-weights", path)
 
 
 # ---- is it the same run? ---------------------------------------------------------------------------------------
