@@ -12,16 +12,20 @@ class Augmentation(NamedTuple):
     """What a view may change. All zero is the identity: the centre crop of evaluation."""
 
     crop: float = 0.0     # smallest area of the random resized crop, as a share of the frame; 0: the centre crop
-    flip: float = 0.0     # probability of a left-right flip, and of an up-down flip
+    flip_x: float = 0.0   # probability of a left-right flip
+    flip_y: float = 0.0   # probability of an up-down flip
     colour: float = 0.0   # brightness, contrast and saturation each move by a factor in [1 - colour, 1 + colour]
     mixup: float = 0.0    # the share of a second picture is uniform in [0, mixup / 2]; 0: no second picture
 
 
 AUGMENTATIONS = {
     "none": Augmentation(),
-    "flip": Augmentation(flip=0.5),
-    "crop": Augmentation(crop=0.35, flip=0.5, colour=0.2),
-    "mixup": Augmentation(crop=0.35, flip=0.5, colour=0.2, mixup=1.0),
+    "flip": Augmentation(flip_x=0.5, flip_y=0.5),                   # leaves, cells, aerial photographs
+    "flip-x": Augmentation(flip_x=0.5),                             # most photographs: never upside down
+    "crop": Augmentation(crop=0.35, flip_x=0.5, flip_y=0.5, colour=0.2),
+    "crop-x": Augmentation(crop=0.35, flip_x=0.5, colour=0.2),
+    "crop-only": Augmentation(crop=0.35, colour=0.2),               # digits, letters, traffic signs
+    "mixup": Augmentation(crop=0.35, flip_x=0.5, flip_y=0.5, colour=0.2, mixup=1.0),
 }
 
 # The random numbers of a view, each uniform in [0, 1): number j is a hash of (seed, sample, view, j).

@@ -77,18 +77,18 @@ def make_views(frames: Tensor, samples: np.ndarray, view: int, views: Views) -> 
     """
     random = uniforms(views.seed, samples, view)
     if views.augmentation.crop == 0:
-        pixels = _centre_crops(frames, random, views.size, views.augmentation.flip)
+        pixels = _centre_crops(frames, random, views.size, views.augmentation)
     else:
         pixels = _random_crops(frames, random, views.size, views.augmentation)
     return pixels.contiguous(memory_format=torch.channels_last)
 
 
-def _centre_crops(frames: Tensor, random: np.ndarray, size: int, flip: float) -> Tensor:
+def _centre_crops(frames: Tensor, random: np.ndarray, size: int, augmentation: Augmentation) -> Tensor:
     """The very pixels of the evaluation transform. A flip only reorders them."""
     start = round((frames.shape[1] - size) / 2)
     pixels = frames[:, start:start + size, start:start + size].permute(0, 3, 1, 2)
-    if flip:
-        for number, dimension in ((FLIP_X, 3), (FLIP_Y, 2)):
+    for flip, number, dimension in ((augmentation.flip_x, FLIP_X, 3), (augmentation.flip_y, FLIP_Y, 2)):
+        if flip:
             flipped = torch.from_numpy(random[:, number] < flip).to(frames.device)
             pixels = torch.where(flipped[:, None, None, None], pixels.flip(dimension), pixels)
     return pixels
@@ -99,7 +99,7 @@ def _random_crops(frames: Tensor, random: np.ndarray, size: int, augmentation: A
     left, top, width, height = crop_boxes(random, augmentation.crop)
 
     # Output pixel i looks at start + (i + 1/2) / size · extent, in units of the frame. A flip runs the other way.
-    flip_x, flip_y = random[:, FLIP_X] < augmentation.flip, random[:, FLIP_Y] < augmentation.flip
+    flip_x, flip_y = random[:, FLIP_X] < augmentation.flip_x, random[:, FLIP_Y] < augmentation.flip_y
     start = np.stack([np.where(flip_x, left + width, left), np.where(flip_y, top + height, top)], 1)
     extent = np.stack([np.where(flip_x, -width, width), np.where(flip_y, -height, height)], 1)
     jitter = 1 + augmentation.colour * (2 * random[:, [BRIGHTNESS, CONTRAST, SATURATION]] - 1)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kd.augmentations import AUGMENTATIONS, Augmentation
+from kd.augmentations import AUGMENTATIONS, FLIP_X, Augmentation
 from kd.data.frames import center_crop
 from kd.views import Views, crop_boxes, load_views, make_views, mix, mixed_labels, mixup_partners, uniforms
 
@@ -42,12 +42,37 @@ def test_without_augmentation_a_view_is_the_centre_crop_of_evaluation(size):
         assert np.array_equal(views(range(5), view=view, name="none", size=size).numpy(), expected)
 
 
-def test_a_flip_only_reorders_the_centre_crop():
-    plain = views(range(40), name="none")
-    flipped = views(range(40), name="flip")
-    kinds = [next(kind for kind, dims in enumerate([(), (1,), (2,), (1, 2)])
-                  if torch.equal(flipped[i], plain[i].flip(dims))) for i in range(40)]
-    assert set(kinds) == {0, 1, 2, 3}
+@pytest.mark.parametrize("name, reorderings", [("flip", [(), (1,), (2,), (1, 2)]), ("flip-x", [(), (2,)])])
+def test_a_flip_only_reorders_the_centre_crop(name, reorderings):
+    plain, flipped = views(range(40), name="none"), views(range(40), name=name)     # (sample, channel, row, column)
+    kinds = [next(dims for dims in reorderings if torch.equal(flipped[i], plain[i].flip(dims))) for i in range(40)]
+    assert set(kinds) == set(reorderings)
+
+
+@settings(deadline=None, derandomize=True, max_examples=40)
+@given(st.integers(0, 2**40), st.integers(0, 500))
+def test_a_left_right_flip_is_the_mirror_of_the_view_without_flips(seed, view):
+    samples = np.arange(8)
+    mirrored = uniforms(seed, samples, view)[:, FLIP_X] < 0.5
+    for name, plain_name in (("flip-x", "none"), ("crop-x", "crop-only")):
+        made, plain = (views(samples, seed=seed, view=view, name=each).int() for each in (name, plain_name))
+        for i in samples:
+            difference = (made[i] - (plain[i].flip(2) if mirrored[i] else plain[i])).abs()
+            assert difference.max() <= (1 if "crop" in name else 0)     # resampling may round the other way
+
+
+def test_only_flips_both_ways_turn_a_crop_upside_down():
+    ramp = np.zeros((1, 64, 64, 3), np.uint8)
+    ramp[..., 0], ramp[..., 1] = np.arange(64), np.arange(64)[:, None]      # red grows to the right, green downwards
+    found = {}
+    for name in ("crop-only", "crop-x", "crop", "mixup"):
+        keys = Views(3, 32, AUGMENTATIONS[name], 0)
+        drawn = [make_views(torch.from_numpy(ramp), np.array([0]), view, keys)[0].float() for view in range(40)]
+        mirrored = {bool(made[0, :, -1].mean() < made[0, :, 0].mean()) for made in drawn}
+        upside_down = {bool(made[1, -1].mean() < made[1, 0].mean()) for made in drawn}
+        found[name] = mirrored, upside_down
+    assert found == {"crop-only": ({False}, {False}), "crop-x": ({False, True}, {False}),
+                     "crop": ({False, True}, {False, True}), "mixup": ({False, True}, {False, True})}
 
 
 def test_a_crop_of_a_ramp_shows_the_box_that_was_drawn():
