@@ -1,9 +1,13 @@
 """Ctrl-C and SIGTERM: the run finishes its step, saves, and leaves."""
 
+import contextlib
 import os
 import signal
 import sys
-from typing import Any
+import threading
+from typing import Any, Iterator
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopped(Exception):
@@ -21,9 +25,13 @@ class Stop:
         self.signal = 0  # the number of the signal that came
 
     def install(self) -> "Stop":
-        """Take over both signals for the rest of the process (possible only in the main thread). Returns itself."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._received)
+        """Take over both signals until `handlers_restored` ends. Returns itself.
+
+        Python lets only the main thread do so. In another one, as in a web app, the run goes on without.
+        """
+        if _in_main_thread():
+            for number in SIGNALS:
+                signal.signal(number, self._received)
         return self
 
     def raise_if_requested(self, *_: Any) -> None:
@@ -40,3 +48,19 @@ class Stop:
         self.signal = number
         print(f"\n{signal.Signals(number).name}: finishing this step and saving. Press again to stop immediately "
               "without saving.", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def handlers_restored() -> Iterator[None]:
+    """Put the handlers of both signals back at the end, as a notebook needs that goes on. Also a decorator."""
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        if _in_main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, handler or signal.SIG_DFL)    # None: C code's own, which Python cannot set
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
