@@ -61,13 +61,14 @@ def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, classes: int) ->
 
 
 def macro_f1(confusion: np.ndarray) -> float:
-    """The mean over classes of F1 = 2·TP / (2·TP + FP + FN).
+    """The mean of F1 = 2·TP / (2·TP + FP + FN) over the classes that are true or predicted somewhere.
 
-    A class that is neither true nor predicted counts as 0.
+    Other classes have no F1, and scikit-learn leaves them out as well.
     """
     true_positives = np.diag(confusion)
     true_and_predicted = confusion.sum(axis=0) + confusion.sum(axis=1)
-    return float(np.mean(2 * true_positives / np.maximum(true_and_predicted, 1)))
+    present = true_and_predicted > 0
+    return float(np.mean(2 * true_positives[present] / true_and_predicted[present]))
 
 
 class Bin(NamedTuple):
@@ -110,21 +111,42 @@ def test_row(name: str, params: int, test_scores: dict[str, Any], validation_acc
 
 # ---- is the teacher good enough? --------------------------------------------------------------
 
-def chance_level(labels: np.ndarray) -> float:
-    """The accuracy of the best constant answer to labels `(N,)`, plus two standard errors.
+def refuse_weak(teacher: str, logits: np.ndarray, labels: np.ndarray, say: Callable[[str], None] = print) -> None:
+    """Raise BadInput for a teacher whose answers on validation are near chance.
 
-    A teacher below it may have learned nothing.
+    logits: `(N, C)`; labels: `(N,)`. `say` gets a line where the pictures are too few to tell.
     """
-    share = np.bincount(labels).max() / len(labels)
-    return float(share + 2 * np.sqrt(share * (1 - share) / len(labels)))
+    predicted, total = logits.argmax(axis=1), len(labels)
+    if chance_p(predicted, labels) <= SIGNIFICANCE:
+        return
+
+    # A few pictures cannot tell a good teacher from chance. A perfect one must pass, and so must one that is nearer to
+    # perfect than to chance: whose kappa (Cohen 1960) is at least 1/2.
+    confusion = confusion_matrix(labels, predicted, logits.shape[1])
+    correct, by_chance = int(np.trace(confusion)), confusion.sum(axis=0) @ confusion.sum(axis=1) / total
+    if chance_p(labels, labels) > SIGNIFICANCE or correct >= (by_chance + total) / 2:
+        say(f"teacher: {correct} of {total} right on validation, which is too small or too uneven to tell a good "
+            f"teacher from chance")
+        return
+    constant = confusion.sum(axis=1).max()      # right answers of a teacher that always names the largest class
+    raise BadInput(f"--teacher {teacher}: {100 * correct / total:.1f} % on validation is near chance (the largest "
+                   f"class alone is {100 * constant / total:.1f} %): its soft targets would be noise; go on all the "
+                   f"same with --resume --allow-weak-teacher, or start again with more --teacher-epochs or trained "
+                   f"--teacher-weights")
 
 
-def refuse_weak(teacher: str, accuracy: float, labels: np.ndarray) -> None:
-    """Raise BadInput for a teacher whose accuracy on these labels `(N,)` is near chance."""
-    if accuracy <= chance_level(labels):
-        raise BadInput(f"--teacher {teacher}: {100 * accuracy:.1f} % on validation is near chance: its soft "
-                       f"targets would be noise; fine-tune it with --teacher-epochs, give trained "
-                       f"--teacher-weights, or insist with --allow-weak-teacher")
+def chance_p(predicted: np.ndarray, labels: np.ndarray, shuffles: int = 999) -> float:
+    """The probability that answers which do not depend on the labels are right as often as `predicted`, `(N,)` each.
+
+    A permutation test (Ojala and Garriga 2010): the same answers beside shuffled labels, from a fixed seed. The answers
+    themselves count among the shuffles, so that p is never too small (Phipson and Smyth 2010). A constant answer has
+    p = 1. Accuracy alone would not do: where 99 % are of one class, a constant answer has 99 %, and three rare pictures
+    of three found are far from chance.
+    """
+    generator = np.random.default_rng(0)
+    correct = (predicted == labels).sum()
+    as_good = sum(bool((predicted == generator.permutation(labels)).sum() >= correct) for _ in range(shuffles))
+    return (as_good + 1) / (shuffles + 1)
 
 
 # ---- what was the teacher worth? --------------------------------------------------------------

@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from kd import BadInput
 from kd import scores as module
-from kd.scores import (bootstrap_interval, calibration_bins, calibration_error, chance_level, compare_paired,
+from kd.scores import (bootstrap_interval, calibration_bins, calibration_error, chance_p, compare_paired,
                        confusion_matrix, format_points, gain_lines, log_softmax, macro_f1, mcnemar_p, scores, softmax)
 
 
@@ -41,10 +42,12 @@ def test_probabilities_are_those_of_torch_also_for_huge_logits():
     assert softmax(logits).dtype == log_softmax(logits).dtype == np.float64
 
 
-def test_a_class_that_is_never_met_or_predicted_counts_zero():
+def test_a_class_that_is_neither_true_nor_predicted_has_no_f1():
     confusion = confusion_matrix(np.array([0, 0, 1]), np.array([0, 0, 1]), 3)
     assert confusion.tolist() == [[2, 0, 0], [0, 1, 0], [0, 0, 0]]
-    assert np.isclose(macro_f1(confusion), 2 / 3)
+    assert macro_f1(confusion) == 1     # sklearn.metrics.f1_score(..., average="macro") gives this as well
+    only_predicted = confusion_matrix(np.array([0, 0, 1]), np.array([0, 2, 1]), 4)
+    assert np.isclose(macro_f1(only_predicted), (2 / 3 + 1 + 0) / 3)
 
 
 def test_calibration_error_by_hand():
@@ -69,16 +72,70 @@ def test_the_bins_of_the_diagram_are_those_of_the_calibration_error():
     assert sum(one.samples for one in bins) == 60
 
 
-def test_chance_is_the_largest_class_and_two_standard_errors():
-    assert np.isclose(chance_level(np.array([0] * 50 + [1] * 50)), 0.5 + 2 * 0.05)
-    assert chance_level(np.array([0] * 90 + [1] * 10)) > 0.9
-
-
 def test_a_row_of_the_result_names_what_is_of_test():
     row = module.test_row("m", 7, scores(np.eye(2, dtype=np.float32), np.array([0, 1])), 0.5)
     assert row["model"] == "m" and row["params"] == 7 and row["validation_accuracy"] == 0.5
     assert (row["test_accuracy"], row["test_correct"], row["test_total"], row["test_macro_f1"]) == (1, 2, 2, 1)
     assert row["confusion"] == [[1, 0], [0, 1]] and "accuracy" not in row
+
+
+# ---- is the teacher good enough? --------------------------------------------------------------
+
+def two_classes(common: tuple[int, int], rare: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Logits and labels of two classes, each given as (pictures of it, those that are right)."""
+    labels = np.repeat([0, 1], [common[0], rare[0]])
+    right = np.concatenate([np.arange(total) < correct for total, correct in (common, rare)])
+    return np.eye(2, dtype=np.float32)[np.where(right, labels, 1 - labels)], labels
+
+
+@pytest.mark.parametrize("common, rare", [
+    ((40, 40), (40, 40)), ((4, 4), (4, 4)), ((297, 297), (3, 3)), ((95, 95), (5, 5)), ((99, 99), (1, 1)),   # perfect
+    ((297, 297), (3, 1)), ((297, 290), (3, 2)),     # finds rare ones, even if a constant answer is right more often
+    ((95, 95), (5, 2)), ((50, 40), (50, 40))])
+def test_a_teacher_that_knows_something_of_the_labels_is_taken_without_a_word(common, rare):
+    module.refuse_weak("t", *two_classes(common, rare), say=pytest.fail)
+
+
+@pytest.mark.parametrize("common, rare, percent, constant", [
+    ((297, 297), (3, 0), "99.0", "99.0"), ((50, 26), (50, 25), "51.0", "50.0"), ((8, 5), (8, 5), "62.5", "50.0"),
+    ((4, 4), (4, 0), "50.0", "50.0"), ((60, 0), (40, 0), "0.0", "60.0")])
+def test_a_teacher_that_may_as_well_guess_is_refused(common, rare, percent, constant):
+    with pytest.raises(BadInput, match=rf"--teacher t: {percent} % on validation is near chance \(the largest class "
+                                       rf"alone is {constant} %\).*go on all the same with --resume"):
+        module.refuse_weak("t", *two_classes(common, rare), say=pytest.fail)
+
+
+@pytest.mark.parametrize("common, rare", [
+    ((2, 2), (2, 2)), ((2, 1), (2, 1)), ((5, 5), (0, 0)), ((5, 0), (1, 0)),     # a perfect teacher would not pass
+    ((8, 6), (8, 6)), ((3, 3), (3, 2))])                                        # nearer to perfect than to chance
+def test_too_few_pictures_refuse_nobody_but_say_so(common, rare):
+    said: list[str] = []
+    module.refuse_weak("t", *two_classes(common, rare), say=said.append)
+    assert said == [f"teacher: {common[1] + rare[1]} of {common[0] + rare[0]} right on validation, which is too small "
+                    f"or too uneven to tell a good teacher from chance"]
+
+
+def test_a_teacher_of_many_classes_is_tested_against_all_of_them():
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 100, 1000)
+    guesses = generator.integers(0, 100, 1000)
+    with pytest.raises(BadInput, match="near chance"):
+        module.refuse_weak("t", np.eye(100)[guesses], labels, say=pytest.fail)
+    guesses[:50] = labels[:50]      # six in a hundred, where one is chance
+    module.refuse_weak("t", np.eye(100)[guesses], labels, say=pytest.fail)
+
+
+@pytest.mark.parametrize("size, right", [(3, 3), (4, 3), (8, 6), (20, 12), (20, 14)])
+def test_chance_of_two_classes_is_fishers_exact_test(size, right):
+    logits, labels = two_classes((size, right), (size, right))
+    ways = sum(math.comb(size, i) ** 2 for i in range(right, size + 1))
+    exact = ways / math.comb(2 * size, size)
+    p = chance_p(logits.argmax(1), labels, shuffles=4000)
+    assert abs(p - exact) < 4 * math.sqrt(exact * (1 - exact) / 4000) + 1 / 4000
+
+
+def test_a_constant_answer_is_chance_itself():
+    assert chance_p(np.zeros(100, np.int64), np.repeat([0, 1], [99, 1])) == 1
 
 
 # ---- what was the teacher worth? --------------------------------------------------------------
