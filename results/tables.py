@@ -41,7 +41,7 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def compared(folder: Path) -> dict[str, Any]:
     """What `python -m kd report FOLDER/*` computes; all its runs must be one group."""
     runs = {str(run): report.read_result(run) for run in sorted(folder.iterdir())}
-    return report.compare(runs, {run: report.image_gains(Path(run), result) for run, result in runs.items()})
+    return report.compare(runs, {run: report.read_by_image(Path(run), result) for run, result in runs.items()})
 
 
 def gain_cell(group: dict[str, Any]) -> str:

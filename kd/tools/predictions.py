@@ -56,6 +56,7 @@ def read_predictions(path: Path) -> Predictions:
         if (any(values.shape != shape for values in logits.values()) or arrays["student"].shape != shape
                 or arrays["classes"].shape != (classes,)
                 or any(arrays[name].shape != (count,) for name in ("labels", "names"))
+                or not np.isin(arrays["labels"], np.arange(classes)).all()
                 or len(arrays["pictures"]) != len(arrays["shown"])
                 or len(arrays["views"]) != len(arrays["view_labels"])):
             raise ValueError("its arrays do not fit each other")

@@ -6,9 +6,10 @@ what a seed gives to both cancels.
 """
 
 import json
+import os
 import statistics
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -54,26 +55,41 @@ def _check_result(result: Any) -> None:
         float(result["gain"]["p"])
 
 
-def image_gains(run: Path, result: dict[str, Any]) -> np.ndarray | None:
-    """By test image: 1 where only the student is right, -1 where only its control is, else 0. int64 `(N,)`.
+class ByImage(NamedTuple):
+    """The N test images of a run, and its gain on each."""
 
-    None where a run has no control, or no predictions.npz.
-    """
+    images: list[tuple[str, str]]   # N: the name below their common folder, and the class
+    gains: np.ndarray | None        # (N,) int64: 1 where only the student is right, -1 where only its control, else 0
+
+
+def read_by_image(run: Path, result: dict[str, Any]) -> ByImage | None:
+    """What predictions.npz says of each test image; None where there is no such file. `gains` need a control."""
     file = run / predictions.FILE
-    if "control" not in result or not file.exists():
+    if not file.exists():
         return None
     content = read_predictions(file)
-    return content.correct("student").astype(np.int64) - content.correct("control").astype(np.int64)
+    classes = (content.classes[label] for label in content.labels)
+    gains = None
+    if "control" in result:
+        gains = content.correct("student").astype(np.int64) - content.correct("control").astype(np.int64)
+    return ByImage(list(zip(below_common_folder(content.names), classes, strict=True)), gains)
+
+
+def below_common_folder(names: list[str]) -> list[str]:
+    """The names without the folder that all of them have in common, so that copies of a data set are alike."""
+    parts = [name.split("/") for name in names]
+    shared = len(os.path.commonprefix([folders[:-1] for folders in parts]))     # also of lists, a part at a time
+    return ["/".join(each[shared:]) for each in parts]
 
 
 # ---- runs and groups ------------------------------------------------------------------------------
 
-def compare(results: dict[str, dict[str, Any]], images: dict[str, np.ndarray | None]) -> dict[str, Any]:
+def compare(results: dict[str, dict[str, Any]], by_image: dict[str, ByImage | None]) -> dict[str, Any]:
     """The runs, the groups that they make, and the settings in which the groups differ; ready for JSON.
 
-    results: result.json by the name of the run; images: `image_gains` by the name of the run.
+    results: result.json by the name of the run; by_image: `read_by_image` by the name of the run.
     """
-    rows = [run_row(name, result, images[name]) for name, result in results.items()]
+    rows = [run_row(name, result, by_image[name]) for name, result in results.items()]
     settings = {name: deciding(result["config"]) for name, result in results.items()}
     members: dict[str, list[str]] = {}
     for name in results:
@@ -84,7 +100,7 @@ def compare(results: dict[str, dict[str, Any]], images: dict[str, np.ndarray | N
         group_rows = [row for row in rows if row["run"] in names]
         for row in group_rows:
             row["group"] = number
-        group = group_row(number, group_rows, [images[name] for name in names])
+        group = group_row(number, group_rows, [by_image[name] for name in names])
         if any(results[name].get("environment") != results[names[0]].get("environment") for name in names):
             group["notes"].append("made by different machines or versions")
         groups.append(group)
@@ -92,7 +108,7 @@ def compare(results: dict[str, dict[str, Any]], images: dict[str, np.ndarray | N
     return {"runs": rows, "groups": groups, "differ": differing([settings[names[0]] for names in members.values()])}
 
 
-def run_row(name: str, result: dict[str, Any], images: np.ndarray | None) -> dict[str, Any]:
+def run_row(name: str, result: dict[str, Any], by_image: ByImage | None) -> dict[str, Any]:
     """One run, its accuracies as shares with their counts.
 
     `gain` is student − control, and `headroom` teacher − control; both are None without a control. `p` is that of
@@ -107,16 +123,19 @@ def run_row(name: str, result: dict[str, Any], images: np.ndarray | None) -> dic
     if "control" in row:
         row["gain"] = row["student"]["accuracy"] - row["control"]["accuracy"]
         row["headroom"] = row["teacher"]["accuracy"] - row["control"]["accuracy"]
-        if images is not None:
-            row["p"] = mcnemar_p(int((images > 0).sum()), int((images < 0).sum()))
+        if by_image and by_image.gains is not None:
+            row["p"] = mcnemar_p(int((by_image.gains > 0).sum()), int((by_image.gains < 0).sum()))
         elif "gain" in result:
             row["p"] = result["gain"]["p"]
     return {**row, "seconds": result["seconds"], "images_per_second": result["images_per_second"],
             "commit": result.get("commit")}
 
 
-def group_row(number: int, rows: list[dict[str, Any]], images: list[np.ndarray | None]) -> dict[str, Any]:
-    """Means and deviations of the runs of a group, and the interval of their gain where all have predictions."""
+def group_row(number: int, rows: list[dict[str, Any]], by_image: list[ByImage | None]) -> dict[str, Any]:
+    """Means and deviations of the runs of a group.
+
+    Their gain has an interval where all of them have predictions, of the same test images.
+    """
     group: dict[str, Any] = {"group": number, "n": len(rows), "runs": [row["run"] for row in rows],
                              "seeds": [row["seed"] for row in rows], "notes": []}
     for role in ROLES:
@@ -124,9 +143,14 @@ def group_row(number: int, rows: list[dict[str, Any]], images: list[np.ndarray |
     for difference in ("gain", "headroom"):
         group[difference] = mean_and_sd([row[difference] for row in rows if row[difference] is not None])
 
-    available = [gains for gains in images if gains is not None]
-    if len(available) == len(rows) > 1 and len({len(gains) for gains in available}) == 1:
-        group["gain"]["interval"] = gain_interval(np.stack(available))
+    read = [each for each in by_image if each]
+    totals = {row["student"]["total"] for row in rows}
+    if len(totals) > 1 or any(each.images != read[0].images for each in read):
+        group["notes"].append("test pictures differ: no interval, and means over different pictures")
+    else:
+        gains = [each.gains for each in read if each.gains is not None]
+        if len(gains) == len(rows) > 1:
+            group["gain"]["interval"] = gain_interval(np.stack(gains))
 
     if len(set(group["seeds"])) < len(rows):
         group["notes"].append("a seed occurs twice: the spread is that of fewer runs than n")
@@ -285,7 +309,7 @@ def main(argv: list[str]) -> dict[str, Any]:
         if name in results:
             raise BadInput(f"{name}: given twice; name every run once")
         results[name] = read_result(Path(name))
-    compared = compare(results, {name: image_gains(Path(name), result) for name, result in results.items()})
+    compared = compare(results, {name: read_by_image(Path(name), result) for name, result in results.items()})
 
     if args.figure:
         draw_figure(compared, args.figure)

@@ -36,7 +36,7 @@ def test_what_is_written_is_read_back(path):
 
 
 @pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04 cut", "pickle", "a label is missing",
-                                     "a control of other shape", "a picture is missing"])
+                                     "a label of no class", "a control of other shape", "a picture is missing"])
 def test_predictions_that_are_none_are_refused_and_nothing_in_them_runs(path, content):
     buffer = io.BytesIO()
     if content == "pickle":
@@ -45,6 +45,7 @@ def test_predictions_that_are_none_are_refused_and_nothing_in_them_runs(path, co
     elif isinstance(content, str):
         arrays = dict(np.load(io.BytesIO(make_predictions().to_bytes())))
         changes = {"a label is missing": {"labels": arrays["labels"][:-1]},
+                   "a label of no class": {"labels": arrays["labels"] + 1},
                    "a control of other shape": {"control": arrays["student"][:, :2]},
                    "a picture is missing": {"pictures": arrays["pictures"][:1]}}
         np.savez(buffer, **{**arrays, **changes[content]})

@@ -57,12 +57,14 @@ def test_runs_that_differ_in_the_seed_are_a_group_with_mean_and_deviation(tmp_pa
     assert differ.split() == ["kd_weight", "0.5", "0.9"]
 
 
-def save_predictions(run: str, right: dict[str, list[int]]) -> Predictions:
-    """A predictions.npz of two classes in which these samples of ten are right."""
-    logits = {role: np.eye(2)[np.isin(np.arange(10), samples).astype(int)] for role, samples in right.items()}
+def save_predictions(run: str, right: dict[str, list[int]], names: str = "abcdefghij", folder: str = "photos/test/b",
+                     label: int = 1) -> Predictions:
+    """A predictions.npz of two classes and ten samples, all of one class, in which these samples are right."""
+    logits = {role: np.eye(2)[np.where(np.isin(np.arange(10), samples), label, 1 - label)]
+              for role, samples in right.items()}
     nothing = np.empty(0)
     logits["teacher"] = logits["student"]
-    content = Predictions(["a", "b"], np.ones(10, np.int64), list("abcdefghij"), logits,
+    content = Predictions(["a", "b"], np.full(10, label), [f"{folder}/{name}.jpg" for name in names], logits,
                           nothing, nothing, nothing, nothing)
     (Path(run) / "predictions.npz").write_bytes(content.to_bytes())
     return content
@@ -73,12 +75,43 @@ def test_the_gain_has_an_interval_over_runs_and_images(tmp_path, capsys):
     save_predictions(runs[0], {"student": [0, 1, 2, 3, 4, 5], "control": [0, 1, 2, 3, 9]})
     assert "interval" not in report.main([*runs, "--json"])["groups"][0]["gain"]  # only where every run has it
     save_predictions(runs[1], {"student": [0, 1, 2, 3, 4, 5, 6, 7], "control": [0, 1, 2, 3, 4, 9]})
-    first = report.image_gains(Path(runs[0]), result(0, 6, 5))
-    assert first is not None and first.tolist() == [0, 0, 0, 0, 1, 1, 0, 0, 0, -1]
+    first = report.read_by_image(Path(runs[0]), result(0, 6, 5))
+    assert first is not None and first.gains is not None and first.gains.tolist() == [0, 0, 0, 0, 1, 1, 0, 0, 0, -1]
+    assert first.images == [(f"{name}.jpg", "b") for name in "abcdefghij"]
     gain = report.main(runs)["groups"][0]["gain"]
     low, high = gain["interval"]
     assert np.isclose(gain["mean"], 0.15) and low < 0 < gain["mean"] < high
     assert f"95 % interval {100 * low:+.1f} to {100 * high:+.1f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("other, same", [
+    ({"folder": "/copy/of/test/b"}, True), ({"names": "abcdefghik"}, False), ({"names": "bacdefghij"}, False),
+    ({"label": 0}, False)])
+def test_only_runs_that_were_tested_on_the_same_pictures_have_an_interval(tmp_path, capsys, other, same):
+    runs = write_runs(tmp_path, a=result(0, 6, 5), b=result(1, 8, 6))
+    right = {"student": [0, 1, 2, 3, 4, 5], "control": [0, 1, 2, 3, 9]}
+    save_predictions(runs[0], right)
+    save_predictions(runs[1], right, **other)
+    group, = report.main(runs)["groups"]
+    assert ("interval" in group["gain"]) == same
+    assert ("note: group 1: test pictures differ: no interval" in capsys.readouterr().out) == (not same)
+    assert group["gain"]["mean"] == pytest.approx(0.15)
+
+
+def test_means_over_test_sets_of_other_sizes_are_noted_also_without_predictions(tmp_path, capsys):
+    larger = result(1, 8, None)
+    larger["student"]["test_total"] = larger["teacher"]["test_total"] = 11
+    report.main(write_runs(tmp_path, a=result(0, 7, None), b=larger))
+    assert "note: group 1: test pictures differ" in capsys.readouterr().out
+
+
+def test_names_are_compared_below_the_folder_that_they_share():
+    below = report.below_common_folder
+    assert below(["/data/test/cat/1.jpg", "/data/test/dog/1.jpg"]) == ["cat/1.jpg", "dog/1.jpg"]
+    assert below(["test/cat/1.jpg", "test/cats/1.jpg"]) == ["cat/1.jpg", "cats/1.jpg"]
+    assert below(["owner/beans test row 0 (a.jpg)", "owner/beans test row 1"]) == [
+        "beans test row 0 (a.jpg)", "beans test row 1"]
+    assert below(["a/1.jpg"]) == ["1.jpg"] and below(["1.jpg", "a/2.jpg"]) == ["1.jpg", "a/2.jpg"] and below([]) == []
 
 
 def test_the_gain_of_a_run_has_the_p_of_its_images_or_else_of_its_result(tmp_path, capsys):
