@@ -81,7 +81,7 @@ def test_the_card_is_written_with_validation_scores_and_at_the_end_with_test_sco
     result = train.main(config)
     assert len(cards) >= 6
     # the teacher's first card already names the command of the whole run, not settings of its own fine-tuning
-    command = cli.command(config, train.RECIPES, train.FREE_ON_RESUME)
+    command = cli.command(config, train.RECIPES, train.FREE_ON_RESUME - {"allow_weak_teacher"})
     assert all(f"```\n{command}\n```" in text for text in cards)
     for early in map(parsed, cards[:-3]):
         assert {each.dataset_split for each in early.data.eval_results} == {"validation"}
