@@ -5,9 +5,11 @@ import ctypes
 import os
 import platform
 import subprocess
+from collections.abc import Callable
 from typing import Any, ContextManager, NamedTuple
 
 import torch
+from torch import nn
 
 from kd import BadInput, cli
 
@@ -31,11 +33,11 @@ class Runtime(NamedTuple):
 def start(device: str, amp: str, compile: str, kernels: str = "auto") -> Runtime:
     """Resolve each `auto`, and set what has to be set before the first tensor.
 
-    Raises BadInput where a device or precision is asked for that the machine does not have.
+    Raises BadInput where a device, a precision or a compilation is asked for that the machine cannot give.
     """
     chosen = _choose_device(device)
     precision = _choose_precision(amp, chosen)
-    compiled = compile == "on" or (compile == "auto" and chosen.type == "cuda")
+    compiled = _choose_compile(compile, chosen)
 
     if chosen.type == "cuda":
         torch.backends.cudnn.benchmark = True             # shapes are fixed, so the search pays once
@@ -80,6 +82,49 @@ def _choose_precision(amp: str, device: torch.device) -> str:
     if device.type == "cpu":
         return "bf16" if torch.cpu.get_capabilities().get("avx512_bf16") else "fp32"
     return "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
+
+
+def _choose_compile(compile: str, device: torch.device) -> bool:
+    if compile == "off" or (compile == "auto" and device.type == "cpu"):
+        return False
+    number = torch.ones(1, device=device)
+    try:
+        # Even the smallest function needs a compiler, Python's headers and, on a GPU, Triton. This takes a few seconds:
+        # most of them load what the model's compilation needs as well.
+        torch.compile(torch.neg)(number)
+    except Exception as error:
+        if compile == "on":
+            raise BadInput(f"--compile on: torch.compile does not work here ({_first_error(error)}); mend that, or use "
+                           f"--compile off") from error
+        print(f"--compile auto: goes on uncompiled, since torch.compile does not work here ({_first_error(error)})")
+        return False
+    return True
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    """`torch.compile(model)`. Where its compiler fails on this model, a line says why, and the model runs uncompiled.
+
+    The compiler fails before anything is computed, so no batch counts twice in BatchNorm or in the random state.
+    """
+    failed = False
+
+    def inductor_or_nothing(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        nonlocal failed
+        if not failed:
+            try:
+                return torch._dynamo.lookup_backend("inductor")(graph, inputs)
+            except Exception as error:
+                print(f"goes on uncompiled: torch.compile fails on this model ({_first_error(error)})")
+                failed = True
+        return graph.forward                # the same operations, as they are
+
+    return torch.compile(model, backend=inductor_or_nothing)    # type: ignore[return-value]
+
+
+def _first_error(error: Exception) -> str:
+    """The line of a compiler's message that says what is wrong, at most 200 characters of it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return ([line for line in lines if "error: " in line] or lines or [repr(error)])[0][:200]
 
 
 def tune_allocator(keep: bool = True) -> bool:
