@@ -47,7 +47,7 @@ def load(source: Path, flags: Sequence[str], seconds: int) -> None:
     try:
         torch.ops.load_library(_library(source, flags, seconds))
     except Exception as error:
-        raise BuildError(_first_error(error)) from error
+        raise BuildError(first_error(error)) from error
     finally:
         logger.setLevel(level)
 
@@ -114,7 +114,7 @@ def _ninja_and_compiler() -> Iterator[None]:
                     os.environ[name] = value
 
 
-def _first_error(error: Exception) -> str:
+def first_error(error: Exception) -> str:
     """The line of a compiler's output that says what is wrong, at most 200 characters of it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reasons = [line for line in lines if "error: " in line or "not found" in line]

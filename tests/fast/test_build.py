@@ -98,6 +98,6 @@ def test_the_environment_is_the_same_after_a_build_that_fails(source, monkeypatc
 
 def test_the_message_is_the_line_of_the_output_that_names_the_error():
     error = RuntimeError("Error building extension\n[1/2] c++ -c x.cpp\nx.cpp:3:7: error: expected ';'\nninja: stopped")
-    assert build._first_error(error) == "x.cpp:3:7: error: expected ';'"
-    assert build._first_error(OSError(28, "No space left on device")) == "[Errno 28] No space left on device"
-    assert build._first_error(ValueError()) == "ValueError()"
+    assert build.first_error(error) == "x.cpp:3:7: error: expected ';'"
+    assert build.first_error(OSError(28, "No space left on device")) == "[Errno 28] No space left on device"
+    assert build.first_error(ValueError()) == "ValueError()"

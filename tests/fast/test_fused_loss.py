@@ -238,6 +238,25 @@ def test_without_a_compiler_there_is_a_reason_in_one_line_and_nothing_is_printed
     assert capsys.readouterr() == ("", "")
 
 
+def test_a_gpu_on_which_triton_cannot_launch_gets_the_closed_form(monkeypatch):
+    triton = pytest.importorskip("kd.fast.fused_loss_triton", exc_type=ImportError)
+    compiler, registered, zeros = False, [], torch.zeros
+    message = "Failed to find C compiler. Please specify via CC environment variable."
+
+    def launch(student, *arguments):
+        if not compiler:
+            raise RuntimeError(message)
+
+    monkeypatch.setattr(torch, "zeros", lambda *size, device, **kind: zeros(*size, **kind))
+    monkeypatch.setattr(triton, "loss_and_grad", launch)
+    monkeypatch.setattr(triton, "register", lambda: registered.append(True))
+    monkeypatch.setattr(fused_loss, "_kernels", {})
+    assert fused_loss.load_kernel("cuda") == ("closed form", message) and registered == []
+    compiler = True
+    monkeypatch.setattr(fused_loss, "_kernels", {})
+    assert fused_loss.load_kernel("cuda") == ("Triton", "") and registered == [True]
+
+
 def test_the_operator_computes_without_a_compiler_too(tmp_path):
     """In a process where neither the C++ loss nor torch.compile finds one."""
     code = """
