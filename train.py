@@ -39,15 +39,21 @@ class Config:
                        ("demo", "tutorial", "best"))
     seed: int = flag(0, "decides weights, order and views: the same seed gives the same run",
                      low=0, high=2**32 - 1)
-    out: str = flag("", "folder of the run (default: runs/RECIPE)")
+    out: str = flag("", "folder of the run (default: runs/RECIPE, or runs/RECIPE-DATASET where the "
+                        "data are not the recipe's own)")
     resume: bool = flag(False, "go on with the run in --out, exactly where it stopped")
     overwrite: bool = flag(False, "replace the run in --out")
     control: bool = flag(False, "also train the same student without the teacher, to compare")
 
     # Data
     dataset: str = flag("beans", "leaves (drawn, offline), a Hub dataset id, or a folder")
+    config: str = flag("", "its configuration, where it has several")
+    image: str = flag("", "its column of pictures, where that cannot be told")
+    label: str = flag("", "its column of labels, where that cannot be told")
+    follow_links: bool = flag(False, "follow links that lead out of its folder")
     size: int = flag(224, "side of the square input, in pixels", low=16)
-    augment: str = flag("none", "what a view may change", tuple(AUGMENTATIONS))
+    augment: str = flag("none", "what a view may change (flip, crop, mixup: also upside down; "
+                        "flip-x, crop-x: mirrored only; crop-only: neither)", tuple(AUGMENTATIONS))
     views: int = flag(1, "K, views of a sample: epoch e uses view e mod K; 0: a fresh one each epoch",
                       low=0)
     cache_dir: str = flag(cli.CACHE_DIR, "where decoded pictures and the teacher's logits are kept")
@@ -58,7 +64,7 @@ class Config:
                                 "or a saved folder")
     teacher_epochs: int = flag(8, "epochs of fine-tuning before it teaches; 0: as loaded", low=0)
     teacher_lr: float = flag(1e-3, "peak learning rate of the teacher's fine-tuning", above=0)
-    teacher_augment: str = flag("crop", "what a view may change in its fine-tuning",
+    teacher_augment: str = flag("crop-x", "what a view may change in its fine-tuning",
                                 tuple(AUGMENTATIONS))
     allow_weak_teacher: bool = flag(False, "go on even if the teacher is near chance")
     topk: int = flag(0, "keep only that many of the teacher's largest logits; 0: all of them", low=0)
@@ -115,7 +121,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 # What may differ between a run and its continuation. Any other change would make it another run.
 FREE_ON_RESUME = {"out", "resume", "overwrite", "cache_dir", "save_minutes", "device", "quiet",
-                  "push_to_hub", "push", "private"}
+                  "push_to_hub", "push", "private", "allow_weak_teacher", "follow_links"}
 
 # Flags are parsed before torch is loaded, which takes seconds. So --help and typos answer at once.
 CONFIG = cli.parse_or_exit(Config, RECIPES, __doc__) if __name__ == "__main__" else None
@@ -127,15 +133,16 @@ from torch import Tensor, nn
 from kd import losses, models
 from kd.batches import Batch, count_batches, load_batches
 from kd.data.frames import Data, decode
-from kd.data.samples import Dataset
+from kd.data.samples import Dataset, Reading
 from kd.data.sources import open_dataset
+from kd.data.splits import record
 from kd.fast import blocks
 from kd.losses import LossFunction
-from kd.machine import console, distributed, files, hub, runtime
+from kd.machine import console, distributed, files, hub, runtime, signals
 from kd.machine.health import Guard
 from kd.machine.runtime import Runtime
 from kd.predict import predict
-from kd.run import Position, Run, Saved
+from kd.run import Position, Run, Saved, default_folder, refuse_inside
 from kd.scores import compare_paired, refuse_weak, scores, test_row
 from kd.teacher import StoreOptions, Teacher
 from kd.tools import card
@@ -317,14 +324,15 @@ def epoch_entry(job: Job, position: Position, result: dict[str, Any], lr: float,
         "teacher_batches": computed}
 
 
+@signals.handlers_restored()                                  # a notebook goes on after main
 def main(cfg: Config) -> dict[str, Any]:
     """The whole run. Returns what result.json holds. Raises BadInput, TrainingFault or Stopped."""
     check(cfg)                                                # what can be found wrong right now
     machine = runtime.start(cfg.device, cfg.amp, cfg.compile, cfg.kernels)
     distributed.join(machine.device)                          # meet the other ranks, if any
     # Refuses a folder that holds another run, unless --resume or --overwrite says what to do.
-    run = Run(Path(cfg.out or f"runs/{cfg.recipe}"), dataclasses.asdict(cfg), FREE_ON_RESUME,
-              cfg.save_minutes, cfg.resume, cfg.overwrite)
+    run = Run(folder_of(cfg), dataclasses.asdict(cfg), FREE_ON_RESUME, cfg.save_minutes, cfg.resume,
+              cfg.overwrite)
     if run.finished:                                          # its result, once all is written
         print(f"{run.out} is finished: nothing to do")
         push(run, cfg)
@@ -332,7 +340,8 @@ def main(cfg: Config) -> dict[str, Any]:
     run.stop.install()                                        # Ctrl-C: finish the step, save, leave
 
     # ---- 1. Data and models. One crop for all; mean, std, interpolation are each model's own. ----
-    dataset = open_dataset(cfg.dataset, cfg.seed)
+    reading = Reading(cfg.config, cfg.image, cfg.label, cfg.follow_links)
+    dataset = open_dataset(cfg.dataset, reading)
     student = build("student", dataset.classes, cfg, machine)     # step 4 trains another one
     prep = models.preprocessing(student)
     teacher_model = build("teacher", dataset.classes, cfg, machine)
@@ -344,7 +353,7 @@ def main(cfg: Config) -> dict[str, Any]:
     # These must be the same in every rank, and the same as before a resume.
     run.must_match(dataset=data.digest(), teacher_weights=models.digest(teacher_model),
                    amp=str(machine.amp))
-    run.write_config()                                        # from here on, the folder is a run
+    run.write_config(data=record(dataset))                    # from here on, the folder is a run
     views = Views(cfg.seed, cfg.size, AUGMENTATIONS[cfg.augment], cfg.views)
     print(headline(dataset.name, data, teacher_model, student, views, cfg, machine))
 
@@ -371,7 +380,7 @@ def main(cfg: Config) -> dict[str, Any]:
                                 scores(test_logits["teacher"], data.test.labels), accuracy)}
     print(console.teacher_line(rows["teacher"]))
     if not cfg.allow_weak_teacher:
-        refuse_weak(cfg.teacher, accuracy, data.validation.labels)      # BadInput near chance
+        refuse_weak(cfg.teacher, validation_logits, data.validation.labels)     # BadInput near chance
 
     for role in ("control", "student") if cfg.control else ("student",):
 
@@ -415,15 +424,24 @@ def check(cfg: Config) -> None:
     models.check("teacher", cfg.teacher, cfg.teacher_weights)
     models.check("student", cfg.student)
     hub.check(cfg.push_to_hub)
+    if cfg.overwrite and not cfg.resume:
+        refuse_inside(folder_of(cfg), "--teacher", cfg.teacher.removeprefix("local-dir:"))
+        refuse_inside(folder_of(cfg), "--teacher-weights", cfg.teacher_weights)
+
+
+def folder_of(cfg: Config) -> Path:
+    """The folder of the run: --out, or the default one."""
+    own_dataset = RECIPES[cfg.recipe].get("dataset", Config.dataset)
+    return Path(cfg.out or default_folder(cfg.recipe, cfg.dataset, cfg.config, own_dataset))
 
 
 def build(role: str, classes: tuple[str, ...], cfg: Config, machine: Runtime) -> nn.Module:
     """A new "teacher" or "student", on its device. Random weights come from the seed."""
     torch.manual_seed(cfg.seed)
     if role == "teacher":
-        model = models.create("teacher", cfg.teacher, classes, cfg.teacher_weights)
+        model = models.create("teacher", cfg.teacher, classes, cfg.teacher_weights, cfg.size)
     else:
-        model = models.create("student", cfg.student, classes)
+        model = models.create("student", cfg.student, classes, size=cfg.size)
     model = model.to(machine.device).to(memory_format=torch.channels_last)
     models.check_size(model, cfg.size)
     if cfg.sync_bn:
@@ -471,7 +489,8 @@ def headline(name: str, data: Data, teacher: nn.Module, student: nn.Module, view
 
 def model_card(cfg: Config, role: str, rows: dict[str, dict[str, Any]]) -> str:
     """README.md of a saved folder. rows: its own scores on validation, or at the end all on test."""
-    command = cli.command(cfg, RECIPES, FREE_ON_RESUME)       # that makes this run again
+    # that makes this run again, also where its teacher is weak
+    command = cli.command(cfg, RECIPES, FREE_ON_RESUME - {"allow_weak_teacher"})
     return card.render_card(role, rows, dataclasses.asdict(cfg), command)
 
 

@@ -1,15 +1,19 @@
 """The loop: one step against one written by hand, whole runs on a tiny configuration, processes that are killed."""
 
+import concurrent.futures
 import copy
 import dataclasses
+import hashlib
 import json
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
@@ -99,7 +103,7 @@ def test_the_second_run_gives_the_same_student_and_never_calls_the_teacher(tiny)
 def test_stored_logits_are_the_live_teachers_under_shuffles_epochs_batch_sizes_and_mixup(tiny):
     config = dataclasses.replace(tiny, augment="mixup", views=2, epochs=2)
     train.main(config)
-    dataset = train.open_dataset(config.dataset, 0)
+    dataset = train.open_dataset(config.dataset)
     teacher_model = models.create("teacher", config.teacher, dataset.classes, str(Path(config.out) / "teacher"))
     models.freeze(teacher_model.to(memory_format=torch.channels_last))
     prep = models.preprocessing(teacher_model)
@@ -123,7 +127,7 @@ def test_stored_logits_are_the_live_teachers_under_shuffles_epochs_batch_sizes_a
 
 
 def test_a_teacher_of_another_interpolation_sees_the_same_views_from_frames_of_its_own(photos, tmp_path):
-    dataset = train.open_dataset(str(photos), 0)
+    dataset = train.open_dataset(str(photos))
     ours, theirs = (train.decode(dataset, size=32, crop_pct=0.875, interpolation=name, cache_dir=tmp_path)
                     for name in ("bilinear", "bicubic"))
     torch.manual_seed(0)
@@ -155,14 +159,83 @@ def test_the_teacher_stays_as_it_was_while_it_teaches(tiny, monkeypatch):
     assert models.digest(saved) == digests[0]
 
 
-def test_a_teacher_at_chance_is_refused_unless_one_insists(tiny):
-    config = dataclasses.replace(tiny, teacher_epochs=0, allow_weak_teacher=False)
+def test_a_teacher_at_chance_is_refused_until_one_insists_and_its_fine_tuning_is_kept(tiny, capsys):
+    config = dataclasses.replace(tiny, teacher_lr=1e-9, allow_weak_teacher=False)
     with pytest.raises(BadInput, match="did you mean test_resnet"):
         train.main(dataclasses.replace(config, teacher="test_resnett"))
-    with pytest.raises(BadInput, match="near chance: its soft targets would be noise"):
+    with pytest.raises(BadInput, match=r"near chance .*: its soft targets would be noise; .*--resume --allow-weak"):
         train.main(config)  # the run that failed before has left nothing in the way
-    weak = train.main(dataclasses.replace(config, allow_weak_teacher=True, overwrite=True))
-    assert weak["student"]["test_total"] == 12 and (Path(config.out) / "teacher" / "model.safetensors").exists()
+    teacher = digests(Path(config.out) / "teacher")
+    capsys.readouterr()
+    weak = train.main(dataclasses.replace(config, allow_weak_teacher=True, resume=True))
+    assert weak["student"]["test_total"] == 12 and "teacher 1/1" not in capsys.readouterr().out
+    assert digests(Path(config.out) / "teacher")["model.safetensors"] == teacher["model.safetensors"]
+    card = (Path(config.out) / "student" / "README.md").read_text()
+    assert "--allow-weak-teacher" in card and "--resume" not in card    # the command makes the run again
+
+
+# ---- --overwrite -------------------------------------------------------------------------------------------------
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file in a folder, by its path."""
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def finished(trained, tmp_path) -> train.Config:
+    """A finished run that a test may spoil, to be started with --overwrite."""
+    config, _ = trained
+    shutil.copytree(config.out, tmp_path / "run")
+    return dataclasses.replace(config, out=str(tmp_path / "run"), overwrite=True)
+
+
+@pytest.mark.parametrize("mistake", [
+    {"dataset": "RUN/phtos"}, {"student": "resnett50"}, {"batch_size": 3, "accumulate": 2},
+    {"teacher_weights": "RUN/no.safetensors"}, {"teacher_weights": "RUN/teacher"}, {"teacher_weights": "RUN/notes.txt"},
+    {"teacher_weights": "RUN/weights.safetensors"}, {"teacher_weights": "RUN/student/model.safetensors"},
+    {"teacher": "local-dir:RUN/teacher"}], ids=str)
+def test_a_mistake_beside_overwrite_costs_nothing(finished, mistake):
+    out = Path(finished.out)
+    (out / "notes.txt").write_text("mine")
+    safetensors.torch.save_file({"other": torch.zeros(2)}, out / "weights.safetensors")
+    before = digests(out)
+    mistake = {name: value.replace("RUN", str(out)) if isinstance(value, str) else value
+               for name, value in mistake.items()}
+    with pytest.raises(BadInput):
+        train.main(dataclasses.replace(finished, **mistake))
+    assert digests(out) == before
+
+
+def test_overwrite_begins_anew(finished, trained):
+    out = Path(finished.out)
+    (out / "result.json").write_text('{"of the old run": true}')
+    (out / "last.ckpt").write_bytes(b"damaged")
+    result = train.main(dataclasses.replace(finished, seed=7, epochs=1))
+    assert result["config"]["seed"] == 7 and json.loads((out / "result.json").read_text()) == json.loads(
+        json.dumps(result))
+    history = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["role"] for entry in history] == ["teacher", "student"]
+    assert not list(out.glob("*.damaged"))      # nobody read the old checkpoint
+    assert result["student"] != trained[1]["student"]
+
+
+def test_the_default_folder_is_the_recipes_for_its_own_data_only(photos):
+    assert train.folder_of(train.Config(**train.RECIPES["demo"], recipe="demo")) == Path("runs/demo")
+    assert train.folder_of(train.Config(recipe="tutorial")) == Path("runs/tutorial")
+    assert train.folder_of(train.Config(recipe="tutorial", dataset="leaves")) == Path("runs/tutorial-leaves")
+    assert train.folder_of(train.Config(recipe="best", dataset="a/b", config="c")) == Path("runs/best-a--b@c")
+    assert train.folder_of(train.Config(out="here")) == Path("here")
+
+
+def test_a_notebook_keeps_its_signal_handlers_and_a_web_app_its_threads(tiny):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(BadInput):
+        train.main(dataclasses.replace(tiny, dataset="nowhere/at/all"))
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        result = threads.submit(train.main, dataclasses.replace(tiny, epochs=1)).result()
+    assert result["student"]["test_total"] == 12
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_a_loss_that_is_not_finite_stops_at_its_step_and_leaves_no_nan(tiny):
@@ -235,7 +308,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tiny):
 
 
 def test_the_default_pair_takes_real_steps_on_real_photographs(beans, tmp_path):
-    dataset = train.open_dataset(beans, 0)
+    dataset = train.open_dataset(beans)
     assert dataset.classes == ("angular_leaf_spot", "bean_rust", "healthy")
     assert [len(dataset.splits[name].labels) for name in ("train", "validation", "test")] == [1034, 133, 128]
     photographs, two = dataset.splits["train"], (0, 500)  # two only: a real run decodes the whole set

@@ -54,7 +54,7 @@ class Bench:
         distributed.join(self.machine.device)
 
         with contextlib.redirect_stdout(sys.stderr):
-            dataset = train.open_dataset(cfg.dataset, 0)
+            dataset = train.open_dataset(cfg.dataset)
             self.student = self.new_student(dataset.classes)
             self.prep = models.preprocessing(self.student)
             data = train.decode(dataset, size=cfg.size, crop_pct=self.prep.crop_pct,

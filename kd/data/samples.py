@@ -6,18 +6,27 @@ checks its labels and adds missing splits, and `kd/data/frames.py` decodes the p
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from kd import BadInput
 
-SPLITS = {"train": ("train",), "validation": ("validation", "val", "valid", "dev"), "test": ("test",)}
-JUNK = ("Thumbs.db", "desktop.ini")
+Say = Callable[[str], None]
+
+
+class Reading(NamedTuple):
+    """How to read a data set that leaves a choice. Empty text: there is none, or it can be told."""
+
+    config: str = ""            # of a Hub data set that has several
+    image: str = ""             # the column that has the pictures
+    label: str = ""             # the column that has the labels
+    follow_links: bool = False  # also links that lead out of the data set's folder
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,7 @@ class Samples:
     labels: np.ndarray                              # (N,) int64; -1: no label
     read: Callable[[int], bytes | Image.Image]      # encoded bytes, or an RGB picture that was never encoded
     name_of: Callable[[int], str]                   # for messages: a sample's path, or its row in a table
+    key_of: Callable[[int], str]                    # the same wherever the dataset lies: a path below it, or a row
     location: str                                   # of the split; stays the same when its content changes
     fingerprint: str                                # changes with the content and its order
 
@@ -36,63 +46,228 @@ class Samples:
 
 @dataclass(frozen=True)
 class Dataset:
+    """The splits that a source has, or all three of them (`kd/data/splits.py`)."""
+
     name: str
     classes: tuple[str, ...]
     splits: dict[str, Samples]      # by the keys of SPLITS
+    source: str = ""                # one line: which folders, columns and configuration were read
+    whole: bool = False             # the source has no splits: what is called train is all that there is
+    carved: tuple[str, ...] = ()    # the splits that were taken from train
 
 
-def rename_splits(name: str, splits: dict[str, Any]) -> dict[str, Any]:
-    """Rename val, valid and dev to validation, and drop all other splits.
+# Names
 
-    Raises BadInput, which names the dataset, for two splits that mean the same and where train is
-    absent.
+# The names that people, archives and libraries give to the splits. Case, and what joins the words, do not matter.
+SPLITS = {"train": ("train", "training"),
+          "validation": ("validation", "val", "valid", "dev", "eval", "evaluation"),
+          "test": ("test", "testing")}
+
+
+def split_called(name: str) -> str | None:
+    """The split that a folder or file of this name holds, such as test for `Testing` or `test_set`; else None."""
+    word = "".join(filter(str.isalnum, str(name).lower())).removesuffix("set")
+    return next((split for split, names in SPLITS.items() if word in names), None)
+
+
+def rename_splits(name: str, splits: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The splits under the names of SPLITS, and the names of those that are left out.
+
+    The only split of a source is train, whatever it is called. Raises BadInput, which names the
+    dataset, for two splits that mean the same.
     """
-    renamed = {}
-    for split, aliases in SPLITS.items():
-        present = [alias for alias in aliases if alias in splits]
-        if len(present) > 1:
-            raise BadInput(f"--dataset {name} has both {present[0]} and {present[1]}; keep one of them")
-        if present:
-            renamed[split] = splits[present[0]]
-    if "train" not in renamed:
-        raise BadInput(f"--dataset {name} has no train split (found: {', '.join(splits) or 'nothing'})")
-    return renamed
+    renamed: dict[str, Any] = {}
+    original: dict[str, str] = {}
+    for given, content in splits.items():
+        split = split_called(given) or ("train" if len(splits) == 1 else None)
+        if split in original:
+            raise BadInput(f"--dataset {name} has both {original[split]} and {given}; keep one of them")
+        if split:
+            renamed[split], original[split] = content, given
+    return ({split: renamed[split] for split in SPLITS if split in renamed},
+            [given for given in splits if given not in original.values()])
+
+
+def printable(name: str) -> str:
+    """`name` as text that every terminal and file can hold, in Unicode's normal form C.
+
+    A byte that is not UTF-8 becomes `\\xe9`, and a control character an escape as well. macOS stores
+    letters with accents in form D, other systems in form C.
+    """
+    text = unicodedata.normalize("NFC", os.fsencode(name).decode("utf-8", "backslashreplace"))
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
+def first_names(names: Sequence[str], most: int = 5) -> str:
+    """`a, b, c`, or the first ones and a count."""
+    more = f", … {len(names):,} in all" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+# What is no sample: names, in lower case, of what operating systems, archives, storage boxes and notebooks
+# leave behind. What begins with a dot is left out as well: .DS_Store, ._x.jpg, .ipynb_checkpoints, .Trash-1000.
+JUNK = {"thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "$recycle.bin", "system volume information",
+        "__macosx", "icon\r", "picasa.ini", "lost+found", "__pycache__",
+        "@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot"}
+
+
+def is_junk(name: str) -> bool:
+    """Whether a file or folder of this name is hidden, or was left behind by a program."""
+    return name.startswith((".", "~$")) or name.lower() in JUNK
+
+
+# Links
+
+class Links(NamedTuple):
+    """Which links may be followed: those that stay inside of `roots`, all links resolved, or all of them."""
+
+    roots: tuple[str, ...]
+    follow: bool = False
+
+    def check(self, path: Path | str) -> None:
+        """Raise BadInput where `path` lies outside of every root. A dataset may name any file of this machine."""
+        if self.follow:
+            return
+        real = Path(os.path.realpath(path))
+        if not any(real.is_relative_to(root) for root in self.roots):
+            raise BadInput(f"{printable(str(path))} leads out of the dataset's folder {printable(self.roots[0])}; put "
+                           "a copy there instead, or allow it with --follow-links")
+
+
+def links_of(root: Path | str, follow: bool = False) -> Links:
+    """Inside of `root`. A snapshot in the Hub's cache also consists of links into the folder `blobs` beside it."""
+    real = os.path.realpath(root)
+    snapshots = os.path.dirname(real)
+    blobs = [os.path.join(os.path.dirname(snapshots), "blobs")] if os.path.basename(snapshots) == "snapshots" else []
+    return Links((real, *blobs), follow)
 
 
 # Folders of pictures
 
-def is_image_folder(root: Path) -> bool:
-    return (root / "train").is_dir() and any(path.is_dir() for path in _visible(root / "train"))
+def visible(folder: Path) -> list[Path]:
+    """What lies in `folder`, sorted, without junk."""
+    return sorted(path for path in folder.iterdir() if not is_junk(path.name))
 
 
-def open_image_folder(root: Path) -> Dataset:
-    """Open SPLIT/CLASS/**, where every visible file is a sample, whatever its extension. Raises BadInput."""
-    inside = os.path.realpath(root)
-    files: dict[str, dict[str, list[Path]]] = {}    # by split, then by class
-    for split, folder in rename_splits(str(root), {path.name: path for path in _visible(root)}).items():
-        stay_inside(inside, folder)
-        files[split] = {path.name: list(_files(inside, path)) for path in _visible(folder) if path.is_dir()}
-    if empty := [name for name, paths in files["train"].items() if not paths]:
-        raise BadInput(f"--dataset {root}: no images in {root / 'train' / empty[0]}; add some, or remove it")
+def picture_files(folder: Path, links: Links | None = None) -> Iterator[Path]:
+    """All visible files in `folder` and below, sorted. Every one is a picture, whatever its name says.
+
+    links: which may be followed; None: those to files, wherever they lead. Raises BadInput for other
+    links, and for what is neither a file nor a folder.
+    """
+    if links:
+        links.check(folder)
+    for path in visible(folder):
+        if links:
+            links.check(path)
+        if path.is_file():
+            yield path
+        elif path.is_dir() and not path.is_symlink():
+            yield from picture_files(path, links)
+        elif path.is_dir() and links and links.follow:
+            if Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(path)):
+                raise BadInput(f"{printable(str(path))} is a link in a circle; remove it")
+            yield from picture_files(path, links)
+        elif path.is_dir():
+            raise BadInput(f"{printable(str(path))} is a link to a folder; put a copy there instead, or allow it with "
+                           "--follow-links")
+        else:
+            raise BadInput(f"{printable(str(path))} is neither a file nor a folder; remove it")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the pictures of a folder lie."""
+
+    splits: dict[str, Path]     # by the keys of SPLITS; only train, where the classes lie at the root
+    left_out: list[str]         # the names of other folders beside them
+    whole: bool                 # the classes lie at the root
+
+
+def folder_layout(root: Path) -> Layout | None:
+    """SPLIT/CLASS/** or CLASS/**, below `root` or below the only folder in it; None for anything else.
+
+    An archive often holds one folder, which holds the rest.
+    """
+    folders = [path for path in visible(root) if path.is_dir()]
+    while len(folders) == 1 and not split_called(folders[0].name) and not folders[0].is_symlink():
+        root = folders[0]
+        folders = [path for path in visible(root) if path.is_dir()]
+
+    splits, left_out = rename_splits(str(root), {path.name: path for path in folders if split_called(path.name)})
+    if splits:
+        left_out = [path.name for path in folders if path not in splits.values()]
+        has_classes = any(path.is_dir() for folder in splits.values() for path in visible(folder))
+        return Layout(splits, left_out, whole=False) if has_classes else None
+    if len(folders) > 1 and any(_holds_a_file(folder) for folder in folders):
+        return Layout({"train": root}, [], whole=True)
+    return None
+
+
+def _holds_a_file(folder: Path) -> bool:
+    return any(not is_junk(name) for _, _, names in os.walk(folder) for name in names)
+
+
+def open_image_folder(root: Path, layout: Layout, follow_links: bool, say: Say) -> Dataset:
+    """Open SPLIT/CLASS/**, where every visible file is a sample, whatever its extension. Raises BadInput.
+
+    A folder without a file is no class. `say` is told of what is left out.
+    """
+    name, links = printable(root.resolve().name), links_of(root, follow_links)
+    files = {}
+    for split, folder in layout.splits.items():
+        links.check(folder)
+        files[split] = _files_by_class(name, folder, links, say)
+    if layout.left_out:
+        say(f"{name}: left out: {first_names([printable(each) for each in layout.left_out])} (no name of a split)")
 
     # Classes that only other splits have get a number as well, so that kd/data/splits.py can name them.
-    classes = list(files["train"])
+    classes = sorted(files.get("train", {}))
     classes += sorted(set().union(*files.values()) - set(classes))
     splits = {}
     for split, by_class in files.items():
-        labels = [classes.index(name) for name, paths in by_class.items() for _ in paths]
-        split_files = [path for paths in by_class.values() for path in paths]
+        number = {label: index for index, label in enumerate(classes)}
+        labels = [number[label] for label in sorted(by_class) for _ in by_class[label]]
+        split_files = [path for label in sorted(by_class) for path in by_class[label]]
         if split_files:
-            splits[split] = _samples_from_files(inside, split, split_files, np.array(labels, np.int64))
-    return Dataset(root.resolve().name, tuple(classes), splits)
+            splits[split] = _samples_from_files(root, split, split_files, np.array(labels, np.int64))
+
+    places = ("all pictures are train" if layout.whole else
+              ", ".join(f"{split} from {printable(folder.name)}" for split, folder in layout.splits.items()))
+    return Dataset(name, tuple(classes), splits, f"class folders; {places}", layout.whole)
 
 
-def _samples_from_files(root: str, split: str, files: list[Path], labels: np.ndarray) -> Samples:
-    return Samples(labels, lambda index: files[index].read_bytes(), lambda index: str(files[index]),
-                   f"{root} {split}", files_fingerprint(root, files))
+def _files_by_class(name: str, folder: Path, links: Links, say: Say) -> dict[str, list[Path]]:
+    """The files of a split by the name of their class."""
+    files: dict[str, list[Path]] = {}
+    empty, loose = [], []
+    for path in visible(folder):
+        if not path.is_dir():
+            if path.suffix.lower() in Image.registered_extensions():    # and not a README or a licence
+                loose.append(printable(path.name))
+            continue
+        found = list(picture_files(path, links))
+        if found:
+            # One name may have two spellings, in Unicode's forms C and D. They are one class.
+            files.setdefault(printable(path.name), []).extend(found)
+        else:
+            empty.append(printable(path.name))
+    if empty:
+        say(f"{name}: folders of {printable(folder.name)} without a file, which are no class: {first_names(empty)}")
+    if loose:
+        say(f"{name}: left out: {len(loose):,} pictures of {printable(folder.name)} in no class folder "
+            f"({first_names(loose, 3)})")
+    return files
 
 
-def files_fingerprint(root: str, files: list[Path]) -> str:
+def _samples_from_files(root: Path, split: str, files: list[Path], labels: np.ndarray) -> Samples:
+    real = os.path.realpath(root)
+    return Samples(labels, lambda index: files[index].read_bytes(), lambda index: printable(str(files[index])),
+                   lambda index: printable(files[index].relative_to(root).as_posix()), f"{real} {split}",
+                   files_fingerprint(real, files))
+
+
+def files_fingerprint(root: str, files: Sequence[Path]) -> str:
     """A hash of the files' paths below `root`, sizes and times of modification."""
     sha = hashlib.sha256()
     for path in files:
@@ -100,26 +275,3 @@ def files_fingerprint(root: str, files: list[Path]) -> str:
         sha.update(os.fsencode(os.path.relpath(os.path.realpath(path), root)))
         sha.update(b"\0%d\0%d\n" % (status.st_size, status.st_mtime_ns))
     return sha.hexdigest()
-
-
-def _visible(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.name[0] != "." and path.name not in JUNK)
-
-
-def _files(root: str, folder: Path) -> Iterator[Path]:
-    """All visible files in `folder` and below, each checked to lie inside of `root`."""
-    stay_inside(root, folder)
-    for path in _visible(folder):
-        stay_inside(root, path)
-        if path.is_file():
-            yield path
-        elif path.is_dir() and not path.is_symlink():   # a link to a folder could lead in a circle
-            yield from _files(root, path)
-        else:
-            raise BadInput(f"{path} is neither a file nor a folder; remove it")
-
-
-def stay_inside(root: str, path: Path | str) -> None:
-    """Raise BadInput where `path`, all links resolved, lies outside of `root`, a resolved path."""
-    if os.path.commonpath([root, os.path.realpath(path)]) != root:
-        raise BadInput(f"{path} leads out of the dataset's folder {root}; put a copy there instead")

@@ -1,65 +1,96 @@
 """Opening a dataset by its name: the drawn leaves, a Hub dataset, a local copy of one, or a folder of pictures.
 
 Nothing in a dataset is executed. Parquet, Arrow and image files are read; loading scripts and
-pickles are not. No path may lead out of the dataset's own folder.
+pickles are not. No path may lead out of the dataset's own folder, unless `--follow-links` allows it.
 """
 
 import difflib
+import glob
 import hashlib
-import logging
 import os
-import sys
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from kd import DISK_FULL, BadInput, TrainingFault, one_line
-from kd.data import leaves
-from kd.data.samples import (Dataset, Samples, files_fingerprint, is_image_folder, open_image_folder,
-                             rename_splits, stay_inside)
-from kd.data.splits import with_three_splits
+from kd.data import leaves, tables
+from kd.data.decoding import is_lfs_pointer
+from kd.data.samples import (Dataset, Links, Reading, Samples, Say, files_fingerprint, first_names,
+                             folder_layout, is_junk, links_of, open_image_folder, printable, rename_splits,
+                             split_called, visible)
+from kd.data.splits import numbered_as, with_three_splits
 from kd.machine import hub
 
 ALIASES = {"beans": "AI-Lab-Makerere/beans"}
-LABEL_NAMES = ("label", "labels", "class", "category", "target")
-SAFE_READERS = ("parquet", "arrow", "imagefolder", "cache")     # of those that `datasets` has
-
-Say = Callable[[str], None]
 
 
-def open_dataset(name: str, seed: int = 0, say: Say = print) -> Dataset:
+def open_dataset(name: str, reading: Reading = Reading(), say: Say = print) -> Dataset:
     """Open `leaves`, a Hub id (or the alias `beans`), a folder in the Hub's layout, or a folder of pictures.
 
     The dataset has the splits train, validation and test; every label is a class that train has. A
-    missing split is carved from train, which is all that `seed` decides.
+    missing split is carved from train. `say` is told of what was read, left out and carved.
 
     Raises BadInput where the dataset cannot be found, reached or used; TrainingFault for a full disk.
     """
-    folder = Path(name).expanduser()
-    with _errors_in_one_line(name):
-        if name == "leaves":
-            dataset = _open_leaves()
-        elif not folder.exists():
-            dataset = _open_from_hub(name, say)
-        elif not folder.is_dir():
-            raise BadInput(f"--dataset {name} is a file; give the folder that holds the dataset")
-        elif is_image_folder(folder):
-            dataset = open_image_folder(folder)
-        elif any(next(folder.rglob(pattern), None) for pattern in ("*.parquet", "*.arrow")):
-            dataset = _open_hub_layout(folder)
-        else:
-            raise BadInput(f"--dataset {name}: no images; it needs train/CLASS/ folders of pictures (and "
-                           "validation, test), or Parquet files as on the Hub")
-    return with_three_splits(dataset, seed, say)
+    dataset = with_three_splits(_open(name, reading, say), say)
+    if dataset.source:
+        say(f"{dataset.name}: {dataset.source}; classes {first_names(dataset.classes)}")
+    return dataset
+
+
+def open_splits(name: str, splits: Sequence[str], classes: tuple[str, ...], reading: Reading = Reading(),
+                carve: bool = False, say: Say = print) -> Dataset:
+    """Open only these splits, their labels numbered by `classes`, which are those of a trained model.
+
+    A split may lack some of the classes. carve: whether a missing split is carved from train, as
+    `open_dataset` does. That is right only for the dataset that the model was trained on. A source
+    without splits is otherwise taken as the split that is asked for.
+
+    Raises BadInput as `open_dataset` does, for a split that is not there, and for another class.
+    """
+    dataset = _open(name, reading, say)
+    if carve:
+        dataset = with_three_splits(dataset, say)
+    elif dataset.whole and list(splits) != ["train"]:
+        say(f"{dataset.name}: it has no splits, so that all of its pictures are {splits[0]}")
+        dataset = replace(dataset, splits={splits[0]: dataset.splits["train"]})
+    if dataset.source:
+        say(f"{dataset.name}: {dataset.source}")
+    for split in splits:
+        if split not in dataset.splits:
+            raise BadInput(f"--dataset {name} has no {split} split; choose one with --split: "
+                           f"{', '.join(dataset.splits)}")
+    return numbered_as(classes, replace(dataset, splits={split: dataset.splits[split] for split in splits}))
 
 
 def hub_id(name: str) -> str | None:
     """The Hub's id of what `open_dataset(name)` opens; None for the drawn leaves and for local folders."""
     return None if name == "leaves" or Path(name).expanduser().exists() else ALIASES.get(name, name)
+
+
+def _open(name: str, reading: Reading, say: Say) -> Dataset:
+    """The dataset with the splits that its source has."""
+    folder = Path(name).expanduser()
+    with _errors_in_one_line(name):
+        if name == "leaves":
+            return _open_leaves()
+        if not folder.exists():
+            return _open_from_hub(name, reading, say)
+        if not folder.is_dir():
+            raise BadInput(f"--dataset {name} is a file; give the folder that holds the dataset")
+        try:
+            return _open_folder(name, folder, reading, say)
+        except BadInput as error:
+            if Path(name).name != name:     # a path, and nobody takes it for a Hub id
+                raise
+            raise BadInput(f"{error} (this is the folder {folder.resolve()}; it hides any dataset of the Hub that has "
+                           "its name)") from error
 
 
 @contextmanager
@@ -88,34 +119,133 @@ def _open_leaves() -> Dataset:
 
     def split(name: str, size: int) -> Samples:
         return Samples(np.arange(size) % len(leaves.CLASSES), lambda index: leaves.draw(name, index)[0],
-                       lambda index: f"leaves {name} {index}", f"leaves {name}", fingerprint)
+                       lambda index: f"leaves {name} {index}", lambda index: f"{name} {index}", f"leaves {name}",
+                       fingerprint)
 
     return Dataset("leaves", leaves.CLASSES, {name: split(name, size) for name, size in leaves.SIZES.items()})
 
 
+# A folder
+
+def _open_folder(name: str, root: Path, reading: Reading, say: Say) -> Dataset:
+    """Whatever layout it has. A choice of columns or of a configuration asks for tables."""
+    layout, metadata = folder_layout(root), _metadata_tables(root)
+    asks_for_tables = bool(reading.config or reading.image or reading.label)
+
+    if metadata and not reading.config and (layout is None or reading.label or _has_label_column(metadata)):
+        return _open_pictures_with_metadata(root, metadata, reading, say)
+    if layout and not layout.whole and not asks_for_tables:
+        if metadata:
+            say(f"{root.name}: {metadata[0].name} has no column called label; the class folders are read")
+        return open_image_folder(root, layout, reading.follow_links, say)
+    # After the class folders: looking for tables visits every file.
+    if any(next(root.rglob(pattern), None) for pattern in ("*.parquet", "*.arrow")):
+        return _open_hub_layout(root, reading)
+    if layout and not asks_for_tables:
+        return open_image_folder(root, layout, reading.follow_links, say)
+    if layout:
+        raise BadInput(f"--dataset {name} has class folders and no tables; leave out --config, --image and --label")
+    raise BadInput(f"--dataset {name}: no images in a layout that can be read (found: {_found(root)}); it needs "
+                   "train/CLASS/ or CLASS/ folders of pictures, or pictures with a metadata.csv, or Parquet files as "
+                   "on the Hub")
+
+
+def _found(root: Path) -> str:
+    """What lies in a folder that cannot be read, by ending: `8 .jpg, 1 .csv`."""
+    endings: Counter[str] = Counter()
+    for _, _, names in os.walk(root):
+        endings.update(Path(name).suffix.lower() or "files without ending" for name in names if not is_junk(name))
+    return first_names([f"{count:,} {ending}" for ending, count in endings.most_common()]) or "nothing"
+
+
+# Pictures beside a table of their labels
+
+def _metadata_tables(root: Path) -> list[Path]:
+    """The metadata tables of the root, else those of its split folders."""
+    folders = [path for path in visible(root) if path.is_dir() and split_called(path.name)]
+    for places in ([root], folders):
+        found = [folder / table for folder in places for table in tables.METADATA if (folder / table).is_file()]
+        if found:
+            return found
+    return []
+
+
+def _has_label_column(metadata: list[Path]) -> bool:
+    return any(column.lower() in tables.LABEL_NAMES for column in tables.metadata_columns(metadata[0]))
+
+
+def _open_pictures_with_metadata(root: Path, metadata: list[Path], reading: Reading, say: Say) -> Dataset:
+    """The layout of https://huggingface.co/docs/datasets/image_dataset, read by `datasets` itself."""
+    links, table = links_of(root, reading.follow_links), metadata[0].name
+    for path in metadata:
+        links.check(path)
+    if metadata[0].parent == root:
+        builder = tables.load_builder(str(root), "imagefolder", data_dir=os.path.realpath(root))
+    else:
+        folders, _ = rename_splits(str(root), {path.parent.name: path.parent for path in metadata})
+        builder = tables.load_builder(str(root), "imagefolder", data_files={
+            split: f"{glob.escape(os.path.realpath(folder))}/**" for split, folder in folders.items()})
+    dataset = _from_local_tables(root, builder, reading, links)
+
+    pictures = sum(Path(path).suffix.lower() in Image.registered_extensions() and not is_junk(Path(path).name)
+                   for paths in tables.data_files(builder).values() for path in paths)
+    rows = sum(map(len, dataset.splits.values()))
+    if pictures > rows:
+        say(f"{dataset.name}: {pictures:,} pictures and {rows:,} rows in {table}; pictures without a row are left out")
+    return replace(dataset, source=f"{table}: {dataset.source}")
+
+
 # A local copy of a Hub dataset
 
-def _open_hub_layout(root: Path) -> Dataset:
-    inside = os.path.realpath(root)
-    _check_card(root)
-    builder = _load_builder(inside)
-    files = {split: list(map(Path, paths)) for split, paths in _data_files(builder).items()}
+def _open_hub_layout(root: Path, reading: Reading) -> Dataset:
+    links = links_of(root, reading.follow_links)
+    for path in (*root.rglob("*.parquet"), *root.rglob("*.arrow")):
+        links.check(path)
+        if path.is_file():
+            _refuse_lfs_pointer(path)
+    _check_card(root, links)
+    builder = tables.load_builder(str(root), os.path.realpath(root), reading.config)
+    return _from_local_tables(root, builder, reading, links)
+
+
+def _refuse_lfs_pointer(path: Path) -> None:
+    with open(path, "rb") as file:
+        beginning = file.read(100)
+    if is_lfs_pointer(beginning):
+        raise BadInput(f"{path} is a Git LFS pointer, not the table; run git lfs pull")
+
+
+def _from_local_tables(root: Path, builder: Any, reading: Reading, links: Links) -> Dataset:
+    files = {split: list(map(Path, paths)) for split, paths in tables.data_files(builder).items()}
     for path in (path for paths in files.values() for path in paths):
-        stay_inside(inside, path)
-    files = rename_splits(str(root), files)
-    dataset = _from_tables(str(root), _load_tables(builder), inside)
-    return Dataset(root.resolve().name, dataset.classes, {
-        split: replace(samples, location=f"{inside} {split}", fingerprint=files_fingerprint(inside, files[split]))
-        for split, samples in dataset.splits.items()})
+        links.check(path)
+    files, _ = rename_splits(str(root), files)
+    # archives are unpacked into the cache of `datasets`
+    dataset = tables.from_tables(str(root), tables.load_tables(builder), reading,
+                                 links._replace(roots=(*links.roots, *_cache_roots())))
+    real = links.roots[0]
+    return Dataset(printable(root.resolve().name), dataset.classes, {
+        split: replace(samples, location=f"{real} {split}", fingerprint=files_fingerprint(real, files[split]))
+        for split, samples in dataset.splits.items()}, dataset.source)
 
 
-def _check_card(root: Path) -> None:
+def _cache_roots() -> tuple[str, ...]:
+    """Where `datasets` and the Hub's client keep files. Each place can be moved by a variable of its own."""
+    import datasets
+    from huggingface_hub import constants
+    config = datasets.config
+    return tuple(os.path.realpath(path) for path in (
+        config.HF_CACHE_HOME, config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH,
+        config.EXTRACTED_DATASETS_PATH, constants.HF_HUB_CACHE))
+
+
+def _check_card(root: Path, links: Links) -> None:
     """Refuse a dataset card whose `data_files` lead out of the folder, before `datasets` follows them."""
     import yaml
     for path in (root / "README.md", root / ".huggingface.yaml"):
         if not path.is_file():
             continue
-        stay_inside(os.path.realpath(root), path)
+        links.check(path)
         text = path.read_text("utf-8", "replace")
         if path.name == "README.md":    # the card is the block between the first two lines of `---`
             text = text.removeprefix("---").split("\n---", 1)[0] if text.startswith("---") else ""
@@ -140,10 +270,10 @@ def _strings(value: Any, visited: set[int]) -> Iterator[str]:
 
 # The Hub
 
-def _open_from_hub(name: str, say: Say) -> Dataset:
+def _open_from_hub(name: str, reading: Reading, say: Say) -> Dataset:
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or not name.strip("/"):
         raise BadInput(f"--dataset {name}: no such folder{_did_you_mean(name)}")
-    if name not in ALIASES and difflib.get_close_matches(name, ["leaves", *ALIASES]):
+    if name not in ALIASES and "/" not in name and difflib.get_close_matches(name, ["leaves", *ALIASES]):
         raise BadInput(f"--dataset {name} is unknown{_did_you_mean(name)}; choose leaves, beans, a Hub id or a folder")
 
     import datasets
@@ -153,7 +283,7 @@ def _open_from_hub(name: str, say: Say) -> Dataset:
     if not online:
         datasets.config.HF_HUB_OFFLINE = True   # it then looks into its cache at once, without retries
     try:
-        builder = _load_builder(repository)
+        builder = tables.load_builder(name, repository, reading.config)
     except DataFilesNotFoundError:
         raise
     except DatasetNotFoundError as error:
@@ -167,10 +297,10 @@ def _open_from_hub(name: str, say: Say) -> Dataset:
     if not online:
         say(f"{name}: the Hub cannot be reached; using the copy in its cache")
 
-    for path in (path for paths in _data_files(builder).values() for path in paths):
+    for path in (path for paths in tables.data_files(builder).values() for path in paths):
         if not path.startswith("hf://datasets/"):
             raise BadInput(f"--dataset {name} points to {path}, which is not on the Hub; refused")
-    dataset = _from_tables(name, _load_tables(builder), os.path.realpath(datasets.config.HF_CACHE_HOME))
+    dataset = tables.from_tables(name, tables.load_tables(builder), reading, Links(_cache_roots()))
     return replace(dataset, name=repository)
 
 
@@ -182,95 +312,3 @@ def _did_you_mean(name: str) -> str:
         folders = {path.name: str(parent / path.name) for path in parent.iterdir() if path.is_dir()}
         similar += [folders[other] for other in difflib.get_close_matches(Path(name).name, folders)]
     return f" (did you mean {' or '.join(similar)}?)" if similar and name not in similar else ""
-
-
-# What `datasets` reads: a table per split
-
-def _load_builder(path: str) -> Any:
-    """The first step of `datasets.load_dataset`. It tells which files will be read, and by which reader."""
-    import datasets
-    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # it also logs, over many lines, what it raises
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    builder = datasets.load_dataset_builder(path)
-    reader = type(builder).__module__.split(".")[-1]
-    if reader not in SAFE_READERS:
-        raise BadInput(f"--dataset {path} holds {reader} files; only Parquet, Arrow and image files are read")
-    return builder
-
-
-def _data_files(builder: Any) -> dict[str, list[str]]:
-    """Paths by split; empty where the dataset comes from the cache."""
-    return builder.config.data_files or {}
-
-
-def _load_tables(builder: Any) -> dict[str, Any]:
-    """The other two steps of `datasets.load_dataset`: a memory-mapped table per split."""
-    builder.download_and_prepare()
-    return builder.as_dataset()
-
-
-def _from_tables(name: str, tables: dict[str, Any], inside: str) -> Dataset:
-    """Find the image column and the label column. Image files are read only from the folder `inside`."""
-    import datasets
-    tables = rename_splits(name, tables)
-    features = tables["train"].features
-    columns = ", ".join(f"{column} ({type(feature).__name__})" for column, feature in features.items())
-    images = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
-    if not images:
-        raise BadInput(f"--dataset {name} has no column of type Image; its columns: {columns}")
-    label = _label_column(name, features, columns)
-    values = {split: table.select_columns([label])[:][label] for split, table in tables.items()}
-    classes, labels = _encode_labels(features[label], values)
-    return Dataset(name, classes, {
-        split: _samples_from_table(name, split, table, images[0], labels[split], inside)
-        for split, table in tables.items()})
-
-
-def _label_column(name: str, features: dict[str, Any], columns: str) -> str:
-    """The ClassLabel; else the column of text or whole numbers that is called label or is the only one."""
-    import datasets
-    typed = [column for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    plain = [column for column, feature in features.items() if isinstance(feature, datasets.Value)
-             and feature.dtype.startswith(("string", "large_string", "int", "uint"))]
-    candidates = typed or plain
-    named = [column for column in candidates if column.lower() in LABEL_NAMES]
-    if len(named or candidates) != 1:
-        raise BadInput(f"--dataset {name}: which column is the label? It has to be the only ClassLabel, or "
-                       f"text or whole numbers called label; its columns: {columns}")
-    return (named or candidates)[0]
-
-
-def _encode_labels(feature: Any, values: dict[str, list]) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
-    """Values of the label column, by split → names of classes, and (N,) int64 by split; -1: no label."""
-    if hasattr(feature, "names"):
-        names, number_of = feature.names, {None: -1}
-    else:
-        distinct = {split: set(column) - {None, -1} for split, column in values.items()}
-        # Names that only other splits have come last, so that kd/data/splits.py can name them.
-        names = sorted(distinct["train"])
-        names += sorted(set().union(*distinct.values()) - distinct["train"])
-        number_of = {value: number for number, value in enumerate(names)} | {None: -1, -1: -1}
-    return tuple(map(str, names)), {split: np.array([number_of.get(value, value) for value in column], np.int64)
-                                    for split, column in values.items()}
-
-
-def _samples_from_table(name: str, split: str, table: Any, column: str, labels: np.ndarray,
-                        inside: str) -> Samples:
-    import datasets
-    rows = table.cast_column(column, datasets.Image(decode=False)).select_columns([column])
-
-    def name_of(index: int) -> str:
-        path = (rows[index][column] or {}).get("path")
-        return f"{name} {split} row {index}" + (f" ({path})" if path else "")
-
-    def read(index: int) -> bytes:
-        image = rows[index][column] or {}
-        if image.get("bytes") is not None:
-            return image["bytes"]
-        if not image.get("path"):
-            raise BadInput(f"{name} {split} row {index} has no image; restore or remove it")
-        stay_inside(inside, image["path"])      # a table may name any file of this machine
-        return Path(image["path"]).read_bytes()
-
-    return Samples(labels, read, name_of, f"{name} {split}", table._fingerprint)

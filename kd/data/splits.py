@@ -1,19 +1,18 @@
 """Three splits for every dataset: labels are checked, and a missing split is carved from train."""
 
 import hashlib
-from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from kd import BadInput
-from kd.data.samples import SPLITS, Dataset, Samples
+from kd.data.samples import SPLITS, Dataset, Samples, Say, first_names
 
 CARVED = .1     # the share of each class of train that becomes a missing split
 
-Say = Callable[[str], None]
 
-
-def with_three_splits(dataset: Dataset, seed: int, say: Say) -> Dataset:
+def with_three_splits(dataset: Dataset, say: Say) -> Dataset:
     """The same dataset with train, validation and test, all labelled with classes that train has.
 
     A split without any label counts as missing. `say` is told of what is missing and of what is
@@ -28,17 +27,55 @@ def with_three_splits(dataset: Dataset, seed: int, say: Say) -> Dataset:
         else:
             _check_range(split, samples, classes)
             splits[split] = samples
-    if "train" not in splits:
+    if "train" in dataset.splits and "train" not in splits:
         raise BadInput(f"--dataset {name}: its train split holds no labelled image")
+    if "train" not in splits:
+        raise BadInput(f"--dataset {name} has no train split (found: {', '.join(dataset.splits) or 'nothing'})")
     _check_classes(name, classes, splits)
 
-    for split in ("test", "validation"):
-        if split not in splits:
-            splits["train"], splits[split] = _carve(name, splits["train"], split, seed)
-            say(f"{name}: no {split} split; {len(splits[split])} images carved from train "
-                f"(stratified, seed {seed})")
-    return Dataset(name, classes, {split: splits[split] for split in SPLITS})
+    carved = tuple(split for split in ("test", "validation") if split not in splits)
+    for split in carved:
+        splits["train"], splits[split] = _carve(name, splits["train"], split)
+        say(f"{name}: no {split} split; {len(splits[split]):,} images carved from train ({CARVED:.0%} of each class, "
+            "the same ones for every --seed)")
+    return replace(dataset, splits={split: splits[split] for split in SPLITS}, carved=carved)
 
+
+def numbered_as(classes: tuple[str, ...], dataset: Dataset) -> Dataset:
+    """The same samples, their labels numbered by `classes`, which are those of a trained model.
+
+    Raises BadInput for a sample without a label, and for one of another class.
+    """
+    number_of = {label: number for number, label in enumerate(classes)}
+    splits = {}
+    for split, samples in dataset.splits.items():
+        _check_range(split, samples, dataset.classes)
+        present = [dataset.classes[number] for number in np.unique(samples.labels)]
+        if unknown := [label for label in present if label not in number_of]:
+            raise BadInput(f"--dataset {dataset.name}: {split} has {unknown[0]!r}, which the model does not know"
+                           f"{_look_alike(unknown[0], classes)}; its classes: {first_names(classes)}")
+        number = np.array([number_of.get(label, -1) for label in dataset.classes])
+        splits[split] = replace(samples, labels=number[samples.labels])
+    return replace(dataset, classes=classes, splits=splits)
+
+
+# Which pictures a split has
+
+def split_digest(samples: Samples, classes: tuple[str, ...]) -> str:
+    """A hash (hex) of the samples' keys and the names of their classes, whatever their order and place on disk."""
+    lines = sorted(f"{samples.key_of(index)}\0{classes[label]}" for index, label in enumerate(samples.labels))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def record(dataset: Dataset) -> dict[str, Any]:
+    """What config.json keeps of the data that a run was trained on; ready for JSON."""
+    splits = {split: {"pictures": len(samples), "carved": split in dataset.carved,
+                      "digest": split_digest(samples, dataset.classes)}
+              for split, samples in dataset.splits.items()}
+    return {"name": dataset.name, "source": dataset.source, "classes": list(dataset.classes), "splits": splits}
+
+
+# Checks
 
 def _check_range(split: str, samples: Samples, classes: tuple[str, ...]) -> None:
     """Raise BadInput that names the first sample whose label is not the number of a class."""
@@ -57,27 +94,41 @@ def _check_classes(name: str, classes: tuple[str, ...], splits: dict[str, Sample
                        "at least two are needed")
     for split, samples in splits.items():
         if unknown := sorted(set(samples.labels.tolist()) - train_labels):
-            raise BadInput(f"--dataset {name}: {split} has {classes[unknown[0]]!r}, which train lacks; "
-                           "add it to train, or remove it")
+            known = tuple(classes[label] for label in sorted(train_labels))
+            raise BadInput(f"--dataset {name}: {split} has {classes[unknown[0]]!r}, which train lacks"
+                           f"{_look_alike(classes[unknown[0]], known)}; add it to train, or remove it")
 
 
-def _carve(name: str, train: Samples, split: str, seed: int) -> tuple[Samples, Samples]:
+def _look_alike(name: str, others: tuple[str, ...]) -> str:
+    """A class that differs only in case or in spaces around it, in brackets; else nothing."""
+    similar = [other for other in others if other.casefold().strip() == name.casefold().strip()]
+    return f" (it has {similar[0]!r}: if that is the same class, rename one)" if similar else ""
+
+
+# Carving
+
+def _carve(name: str, train: Samples, split: str) -> tuple[Samples, Samples]:
     """What stays in train, and the new split: a share CARVED of each class, at least one image.
 
-    At least one image of each class stays. The choice depends only on (seed, split, class).
+    At least one image of each class stays, so that a class of one image is in train only. Each
+    image's turn is a hash of its key. So the choice is the same for every seed and on every
+    machine, and images that are added later do not move the others much.
     """
     carved = np.zeros(len(train), bool)
     for label in np.unique(train.labels):
         rows = np.flatnonzero(train.labels == label)
-        if len(rows) < 2:
-            raise BadInput(f"--dataset {name}: no {split} split, and too few images for one: "
-                           f"{train.name_of(int(rows[0]))} is alone in its class; add images or {split}")
-        rng = np.random.default_rng([abs(seed), list(SPLITS).index(split), int(label)])
-        carved[rng.permutation(rows)[:max(1, round(CARVED * len(rows)))]] = True
+        if len(rows) > 1:
+            turns = [hashlib.sha256(f"{split} {train.key_of(int(row))}".encode()).digest() for row in rows]
+            order = sorted(range(len(rows)), key=turns.__getitem__)
+            carved[rows[order[:max(1, round(CARVED * len(rows)))]]] = True
+    if not carved.any():
+        raise BadInput(f"--dataset {name}: no {split} split, and too few images for one: no class of train has "
+                       f"two; add images or {split}")
 
     def subset(rows: np.ndarray, title: str) -> Samples:
         return Samples(train.labels[rows], lambda index: train.read(int(rows[index])),
-                       lambda index: train.name_of(int(rows[index])), f"{train.location} {title} {seed}",
+                       lambda index: train.name_of(int(rows[index])), lambda index: train.key_of(int(rows[index])),
+                       f"{train.location} {title}",
                        hashlib.sha256(train.fingerprint.encode() + rows.tobytes()).hexdigest())
 
     return subset(np.flatnonzero(~carved), f"without {split}"), subset(np.flatnonzero(carved), split)

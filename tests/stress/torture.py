@@ -187,7 +187,7 @@ def flipped_bits(folder: Path, photos: Path, rng: random.Random, count: int) -> 
     ckpt = Path(config.out) / "last.ckpt"
     stores = (Path(config.cache_dir) / "logits").iterdir()
     store = next(path for path in stores if len(list(path.glob("view-*.f32"))) == 2)  # the others hold evaluations
-    dataset = train.open_dataset(config.dataset, 0, say=lambda line: None)
+    dataset = train.open_dataset(config.dataset, say=lambda line: None)
     prep = models.preprocessing(models.create("student", config.student, dataset.classes))
 
     def decoded(say: Any) -> frames.Data:
@@ -382,7 +382,7 @@ def pictures(folder: Path, photos: Path) -> str:
             read[str(path)] = np.asarray(picture)
         except BadInput as error:
             assert not good and str(error).startswith(str(path)), (name, error)
-            dataset = train.open_dataset(str(root), 0)
+            dataset = train.open_dataset(str(root))
             try:
                 frames.decode(dataset, size=24, crop_pct=1.0, interpolation="bicubic", cache_dir=folder / "cache",
                               say=lambda line: None)
@@ -390,7 +390,7 @@ def pictures(folder: Path, photos: Path) -> str:
             except BadInput as error:
                 assert str(path) in str(error), (name, error)
             path.unlink()
-    dataset = train.open_dataset(str(root), 0)
+    dataset = train.open_dataset(str(root))
     data = frames.decode(dataset, size=24, crop_pct=1.0, interpolation="bicubic", cache_dir=folder / "cache",
                          say=lambda line: None)
     samples = dataset.splits["train"]

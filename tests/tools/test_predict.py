@@ -22,7 +22,7 @@ def test_the_command_gives_the_logits_of_the_evaluation(trained, photos):
     assert (right, len(rows)) == (result["student"]["test_correct"], 12)
 
     model, prep, size, classes = models.open_saved(student)
-    data = train.decode(train.open_dataset(config.dataset, 0), size=size, crop_pct=prep.crop_pct,
+    data = train.decode(train.open_dataset(config.dataset), size=size, crop_pct=prep.crop_pct,
                         interpolation=prep.interpolation, cache_dir=config.cache_dir)
     logits = predict(model, data.test.frames, prep, size, runtime.start("cpu", "off", "off"), "test")
     expected = torch.from_numpy(logits).double().softmax(1).numpy()
