@@ -90,7 +90,8 @@ class Config:
     # Speed. `--kernels off --compile off --amp off` runs the plain loop that you read here.
     device: str = flag("auto", "where to compute", ("auto", "cpu", "cuda"))
     amp: str = flag("auto", "mixed precision", ("auto", "off", "bf16", "fp16"))
-    compile: str = flag("auto", "torch.compile the training (auto: on CUDA)", ("auto", "on", "off"))
+    compile: str = flag("auto", "torch.compile the training (auto: on CUDA, where that works)",
+                        ("auto", "on", "off"))
     kernels: str = flag("auto", "fused kernels (kd/fast) and a tuned allocator; off: plain PyTorch",
                         ("auto", "off"))
     loss: str = flag("auto", "implementation of the loss", ("auto", "reference", "fused"))
@@ -242,7 +243,7 @@ def fit(job: Job, cfg: Config, run: Run) -> None:
 
     forward = distributed.wrap(model, machine.device)         # DistributedDataParallel under torchrun
     if machine.compile:
-        forward = torch.compile(forward)                      # type: ignore[assignment]
+        forward = runtime.compiled(forward)                   # or as it is, where that fails
     steps_per_epoch = count_batches(len(train), cfg.batch_size)   # a short last batch counts
     total_steps = job.epochs * steps_per_epoch
 
@@ -355,7 +356,9 @@ def main(cfg: Config) -> dict[str, Any]:
                    amp=str(machine.amp))
     run.write_config(data=record(dataset))                    # from here on, the folder is a run
     views = Views(cfg.seed, cfg.size, AUGMENTATIONS[cfg.augment], cfg.views)
-    print(headline(dataset.name, data, teacher_model, student, views, cfg, machine))
+    loss_name = choose_loss(data, views, cfg.kd_weight, cfg, machine)[1]
+    run.computes_with(f"{machine.line}, loss {loss_name}")    # other kernels round differently
+    print(headline(dataset.name, data, teacher_model, student, loss_name, cfg, machine))
 
     # ---- 2. The teacher is fine-tuned, by the same loop, on fresh views. --------------------------
     if cfg.teacher_epochs:
@@ -476,7 +479,7 @@ def train_once(job: Job, cfg: Config, run: Run) -> None:
     run.load_best(job.role, job.model)
 
 
-def headline(name: str, data: Data, teacher: nn.Module, student: nn.Module, views: Views,
+def headline(name: str, data: Data, teacher: nn.Module, student: nn.Module, loss_name: str,
              cfg: Config, machine: Runtime) -> str:
     """The first line of a run: machine, data, models, loss."""
     counts = " + ".join(str(len(split)) for split in (data.train, data.validation, data.test))
@@ -484,7 +487,7 @@ def headline(name: str, data: Data, teacher: nn.Module, student: nn.Module, view
             f"{cfg.size} px | "
             f"teacher {cfg.teacher} ({models.parameters(teacher):,}) | "
             f"student {cfg.student} ({models.parameters(student):,}) | "
-            f"loss {choose_loss(data, views, cfg.kd_weight, cfg, machine)[1]}")
+            f"loss {loss_name}")
 
 
 def model_card(cfg: Config, role: str, rows: dict[str, dict[str, Any]]) -> str:

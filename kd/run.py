@@ -108,6 +108,7 @@ class Run:
         self.history: list[dict[str, Any]] = saved.pop("history", [])   # an entry an epoch
         self.roles_done: list[str] = saved.pop("roles_done", [])
         self.facts: dict[str, str] = saved.pop("facts", {})
+        self.arithmetic: str = saved.pop("arithmetic", "")
         self._began = time.monotonic() - saved.pop("seconds", 0.0)
         self._saved_training = saved        # of the role that was under way, until `restore` takes it up
         # what is under way: set by `restore`, saved by `save`, over after `mark_done`
@@ -153,6 +154,16 @@ class Run:
 
         distributed.broadcast_from_rank0(write)
 
+    def computes_with(self, arithmetic: str) -> None:
+        """Say so where a resumed run goes on with other arithmetic than before, and therefore not to the bit.
+
+        arithmetic: the device, the precision and the kernels, in words.
+        """
+        if self.arithmetic not in ("", arithmetic):
+            print(f"--resume: computed with {self.arithmetic} until here, and with {arithmetic} from here on: the "
+                  f"result is not the same to the bit")
+        self.arithmetic = arithmetic
+
     # ---- position and checkpoint ---------------------------------------------------------------------------
 
     def restore(self, role: str, saved: Mapping[str, Saved], guard: Guard, device: torch.device) -> Position:
@@ -196,7 +207,8 @@ class Run:
         for store in self._flush_first:
             store.flush()
         checkpoint.save(self.out / "last.ckpt", {
-            "history": self.history, "roles_done": self.roles_done, "facts": self.facts, "seconds": self.seconds,
+            "history": self.history, "roles_done": self.roles_done, "facts": self.facts,
+            "arithmetic": self.arithmetic, "seconds": self.seconds,
             "position": {"role": position.role, "epoch": position.epoch, "step": position.step,
                          "loss_sum": distributed.mean_over_ranks(position.loss_sum).item(),
                          "train_seconds": position.clock.seconds, "best": position.best,

@@ -352,3 +352,18 @@ def test_the_clock_counts_only_while_it_runs(monkeypatch):
     assert clock.seconds == 10 and clock.pause()
     now["seconds"] += 50
     assert clock.seconds == 10
+
+
+def test_a_run_that_goes_on_with_other_kernels_says_that_the_bits_differ(tmp_path, capsys):
+    begun = Run(tmp_path / "run", {"lr": 1.0}, set())
+    begun.write_config()
+    begun.computes_with("cpu, fp32, loss fused (C++)")
+    checkpoint.save(tmp_path / "run" / "last.ckpt", {"arithmetic": begun.arithmetic})
+
+    resumed = Run(tmp_path / "run", {"lr": 1.0}, set(), resume=True)
+    resumed.computes_with("cpu, fp32, loss fused (C++)")
+    assert capsys.readouterr().out == ""
+    resumed.computes_with("cpu, fp32, loss closed form")
+    assert capsys.readouterr().out == (
+        "--resume: computed with cpu, fp32, loss fused (C++) until here, and with cpu, fp32, loss closed form from "
+        "here on: the result is not the same to the bit\n")
