@@ -1,6 +1,7 @@
-"""timm models: create one by name, load weights, freeze, and save a folder that timm loads by itself.
+"""timm models: create one by name, freeze, and save a folder that timm loads by itself.
 
-Weights are safetensors files, or come through timm's own download. No pickle is opened here.
+Weights come from timm's own download, or through `kd/pretrained.py` from elsewhere. No pickle is
+opened except by torch.load(weights_only=True), which runs no code that a file holds.
 """
 
 import copy
@@ -17,11 +18,14 @@ import safetensors
 import safetensors.torch
 import timm
 import torch
+from huggingface_hub.utils import validate_repo_id
 from timm.data import resolve_data_config
+from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
-from kd import BadInput, TrainingFault
+from kd import BadInput, TrainingFault, one_line, pretrained
 from kd.machine import distributed, hub
+from kd.pretrained import declared
 
 
 # Preprocessing
@@ -36,9 +40,13 @@ class Preprocessing(NamedTuple):
 
 
 def preprocessing(model: nn.Module) -> Preprocessing:
-    """timm's data configuration of `model`."""
+    """timm's data configuration of `model`, as far as a picture cropped in its centre can follow it."""
     config = resolve_data_config({}, model=model)
-    return Preprocessing(tuple(config["mean"]), tuple(config["std"]), config["interpolation"], config["crop_pct"])
+    interpolation = config["interpolation"]
+    if interpolation == "random":           # of training views; timm's transform without views takes this one
+        interpolation = "bilinear"
+    crop_pct = min(config["crop_pct"], 1.0)     # VOLO's 1.15 asks for a black border around the picture
+    return Preprocessing(tuple(config["mean"]), tuple(config["std"]), interpolation, crop_pct)
 
 
 def normalize(pixels: Tensor, prep: Preprocessing) -> Tensor:
@@ -59,15 +67,20 @@ def _constant_on_gpu(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 # Creating models
 
-def _declared(model: nn.Module) -> dict[str, Any]:
-    """timm's record of a model: architecture, name of the head, classes of the pretrained weights."""
-    config: Any = model.pretrained_cfg
-    return config
-
-
 def architecture(model: nn.Module) -> str:
     """timm's name of the architecture, without the tag of its weights."""
-    return _declared(model)["architecture"]
+    return declared(model)["architecture"]
+
+
+def timm_name(name: str) -> str:
+    """`name` as timm.create_model takes it: `timm/NAME` and `hf-hub:timm/NAME` are timm's own NAME.
+
+    `hf-hub:timm/NAME@REVISION` stays the repository that it names.
+    """
+    for prefix in ("hf-hub:timm/", "hf_hub:timm/", "timm/"):
+        if name.startswith(prefix) and "@" not in name:
+            return name.removeprefix(prefix)
+    return name
 
 
 def check(flag: str, name: str, weights: str = "none") -> None:
@@ -75,17 +88,26 @@ def check(flag: str, name: str, weights: str = "none") -> None:
 
     It loads nothing, so that a run can check its flags before any work. `flag` is named in errors.
     """
-    if not timm.is_model(name):
+    try:
+        source, place = timm.models.parse_model_name(timm_name(name))
+        if source == "hf-hub":
+            validate_repo_id(place.split("@")[0])
+    except ValueError as error:
+        raise BadInput(f"--{flag} {name}: {one_line(error)}") from error
+
+    if source == "local-dir" and not (Path(place) / "config.json").is_file():
+        raise BadInput(f"--{flag} {name}: no config.json in that folder; give one that train.py or timm saved")
+    if not source and not timm.is_model(place):
         # An unknown tag (`resnet50.nope`) has a known stem; anything else gets the most similar names.
-        similar = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3, cutoff=0.5)
+        similar = difflib.get_close_matches(place.split(".")[0], timm.list_models(), n=3, cutoff=0.5)
         raise BadInput(f"--{flag} {name}: timm has no model of that name"
                        + (f"; did you mean {' or '.join(similar)}?" if similar else ""))
     if weights not in ("none", "imagenet"):
-        _weights_path(flag, weights)
+        pretrained.path_of(flag, weights)
 
 
 def check_size(model: nn.Module, size: int) -> None:
-    """Raise BadInput if `model` does not take `size` × `size` pixels, such as a ViT of a fixed size.
+    """Raise BadInput if `model` does not take `size` × `size` pixels, such as a mixer of a fixed size.
 
     Leaves the model in eval mode.
     """
@@ -93,56 +115,111 @@ def check_size(model: nn.Module, size: int) -> None:
     try:
         with torch.no_grad():
             model(next(model.parameters()).new_zeros(1, 3, size, size))
-    except (AssertionError, RuntimeError) as error:
-        declared = _declared(model)
-        raise BadInput(f"--size {size}: {declared['architecture']} takes no pictures of that size ({error}); it "
-                       f"declares {declared['input_size'][-1]}") from error
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise _wrong_size(model, size, error) from error
 
 
-def create(flag: str, name: str, classes: tuple[str, ...], weights: str = "none",
+def _wrong_size(model: nn.Module, size: int, error: Exception) -> BadInput:
+    return BadInput(f"--size {size}: {architecture(model)} takes no pictures of that size ({one_line(error)}); "
+                    f"it declares {declared(model)['input_size'][-1]}")
+
+
+def create(flag: str, name: str, classes: tuple[str, ...], weights: str = "none", size: int | None = None,
            say: Callable[[str], None] = print) -> nn.Module:
     """A timm model with one output per class.
 
-    weights: `none` (random, from torch's seed), `imagenet` (timm's pretrained), a `.safetensors`
-    file, or a folder written by `save`. A head with another number of outputs is replaced by a
-    random one, which `say` reports. `flag` is named in errors.
+    name: timm's (`resnet50.a1_in1k`, also behind `timm/` or `hf-hub:timm/`), or `hf-hub:OWNER/NAME`
+    or `local-dir:FOLDER`, which hold a config.json that timm reads.
 
-    Raises BadInput for an unknown name, and for weights that cannot be downloaded, are corrupt, or
-    belong to another model.
+    weights: `none` (random, from torch's seed); `imagenet` (timm's pretrained, or those of the
+    repository or folder that `name` gives); a file that timm takes, such as .safetensors or .pth; or
+    a saved folder. A folder's own model.safetensors stands for the folder.
+
+    size: side of the input in pixels. Architectures that are built for one size are built for this
+    one, and timm resamples their weights; None leaves them at the size that they declare.
+
+    A head with another number of outputs is replaced by a random one. Where the weights name their
+    classes, the head must have the data's: one with the same classes in another order is reordered,
+    and one with other classes is replaced. `say` reports each. `flag` is named in errors.
+
+    Raises BadInput for an unknown name, for a size that the model does not take, and for weights that
+    cannot be downloaded, are corrupt, need code to be opened, or belong to another model.
     """
     check(flag, name, weights)
-    if weights == "imagenet":
-        model = _create_pretrained(flag, name, len(classes), say)
+    name = timm_name(name)
+    source, place = timm.models.parse_model_name(name)      # None, "hf-hub" or "local-dir"; a repository or a folder
+    of_timm = weights == "imagenet" and not source
+    of_repository = weights == "imagenet" and source == "hf-hub"
+    online = hub.reachable() if of_timm or source == "hf-hub" else True
+    try:
+        arguments = {"num_classes": len(classes), **_size_argument(name, size)}
+        model = timm.create_model(name, pretrained=of_timm, **arguments)
+        found = pretrained.read_repository(place) if of_repository else None
+    except BadInput:
+        raise
+    except Exception as error:  # the client, the Hub, timm and its models raise exceptions of their own
+        raise _not_created(flag, name, of_timm or of_repository, online, error) from error
+
+    if of_timm:
+        pretrained_classes = declared(model).get("num_classes")
+        if pretrained_classes not in (None, len(classes)):
+            _reset_head(model)
+            say(f"{name}: the head of {pretrained_classes} classes was replaced by a random one of {len(classes)}")
     else:
-        try:
-            model = timm.create_model(name, pretrained=False, num_classes=len(classes))
-        except RuntimeError as error:
-            raise BadInput(f"--{flag} {name}: {error}") from error
         _reset_head(model)
         if weights != "none":
-            _load_weights(model, _weights_path(flag, weights), say)
+            found = found or pretrained.read(pretrained.path_of(flag, place if weights == "imagenet" else weights))
+            pretrained.load(model, found, name, arguments, classes, say)
+            _take_preprocessing(model, found, say)
 
-    crop_mode = _declared(model).get("crop_mode", "center")
+    crop_mode = declared(model).get("crop_mode", "center")
     if crop_mode != "center":
         say(f"{name}: timm declares crop_mode {crop_mode}; here its pictures are cropped in the centre")
     return model
 
 
-def _create_pretrained(flag: str, name: str, classes: int, say: Callable[[str], None]) -> nn.Module:
-    online = hub.reachable()
-    try:
-        model = timm.create_model(name, pretrained=True, num_classes=classes)
-    except Exception as error:  # the client, the Hub and timm raise exceptions of their own
-        if not online:
-            raise BadInput(f"--{flag}-weights imagenet: the Hub cannot be reached and the weights of {name} are not "
-                           f"in its cache; give a .safetensors file or a saved folder, or run offline: "
-                           f"python train.py --recipe demo") from error
-        raise BadInput(f"--{flag}-weights imagenet: {name}: {error}") from error
-    pretrained_classes = _declared(model).get("num_classes")
-    if pretrained_classes not in (None, classes):
-        _reset_head(model)
-        say(f"{name}: the head of {pretrained_classes} classes was replaced by a random one of {classes}")
-    return model
+def _size_argument(name: str, size: int | None) -> dict[str, Any]:
+    """timm's argument for an architecture that is built for one size, such as most ViTs; {} for others."""
+    if size is None:
+        return {}
+    arguments = timm.models.resolve_model_input_args(name, {"img_size": size})
+    if "img_size" not in arguments:
+        return {}
+    with torch.device("meta"):      # takes no memory and no random numbers
+        model = timm.create_model(name)
+        built = timm.models.get_model_input_config(model)
+        if not built["fixed_input_size"] or tuple(built["input_size"][1:]) == (size, size):
+            return {}
+        try:
+            model = timm.create_model(name, img_size=arguments["img_size"])
+        except Exception as error:  # assertions mostly, but each architecture has its own way
+            raise _wrong_size(model, size, error) from error
+    for patches in model.modules():
+        # timm would leave out the right and lower edge of the picture without a word.
+        if isinstance(patches, PatchEmbed) and any(size % side for side in patches.patch_size):
+            raise _wrong_size(model, size, ValueError(f"no multiple of its patches' {patches.patch_size[0]} pixels"))
+    return {"img_size": arguments["img_size"]}
+
+
+def _not_created(flag: str, name: str, with_weights: bool, online: bool, error: Exception) -> BadInput:
+    part = f"--{flag}-weights imagenet" if with_weights else f"--{flag} {name}"
+    if not online and with_weights:
+        return BadInput(f"{part}: the Hub cannot be reached and the weights of {name} are not in its cache; give a "
+                        f".safetensors file or a saved folder, or run offline: python train.py --recipe demo")
+    if not online:
+        return BadInput(f"{part}: the Hub cannot be reached and config.json of that repository is not in its cache; "
+                        f"give a model of timm's, or local-dir:FOLDER")
+    if isinstance(error, KeyError):
+        return BadInput(f"{part}: its config.json has no {error}, so timm did not write it; give another model")
+    return BadInput(f"{part}: {one_line(error)}" if not with_weights else f"{part}: {name}: {one_line(error)}")
+
+
+def _take_preprocessing(model: nn.Module, found: pretrained.Weights, say: Callable[[str], None]) -> None:
+    """Mean, std and interpolation that come with the weights are those of the model from now on."""
+    before = preprocessing(model)
+    declared(model).update({key: found.config[key] for key in ("mean", "std", "interpolation") if key in found.config})
+    if preprocessing(model) != before:
+        say(f"{found.name}: declares another mean, std or interpolation than {architecture(model)}; its own are used")
 
 
 def _reset_head(model: Any) -> None:
@@ -155,52 +232,6 @@ def _reset_head(model: Any) -> None:
     head = model.get_classifier()
     if isinstance(head, nn.Linear):
         head.reset_parameters()
-
-
-# Loading weights
-
-def _weights_path(flag: str, weights: str) -> Path:
-    path = Path(weights)
-    if path.is_dir():
-        path = path / "model.safetensors"
-    if not path.is_file():
-        raise BadInput(f"--{flag}-weights {weights}: no such file; use imagenet, none, a .safetensors file, or a "
-                       f"folder with model.safetensors")
-    if path.suffix != ".safetensors":
-        raise BadInput(f"--{flag}-weights {weights}: not a .safetensors file; others may run code when they are "
-                       f"opened: convert it with safetensors.torch.save_file")
-    return path
-
-
-def _load_weights(model: nn.Module, path: Path, say: Callable[[str], None]) -> None:
-    """Load a safetensors file into `model`. Only the head may have another shape: it then stays random."""
-    try:
-        weights = safetensors.torch.load_file(path)
-    except (OSError, safetensors.SafetensorError, ValueError) as error:
-        raise BadInput(f"{path}: not a readable safetensors file ({error}); get it again") from error
-
-    state = model.state_dict()
-    other_shape = {key for key in state.keys() & weights.keys() if weights[key].shape != state[key].shape}
-    heads = _declared(model).get("classifier") or ()    # one name, or a tuple of them
-    prefixes = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
-    new_head = {key for key in other_shape if key.startswith(prefixes)}
-
-    missing, unknown = sorted(state.keys() - weights.keys()), sorted(weights.keys() - state.keys())
-    mismatched = sorted(other_shape - new_head)
-    for keys, problem in ((missing, "is missing"), (unknown, "is not part of the model"),
-                          (mismatched, "has another shape")):
-        if keys:
-            raise BadInput(f"{path}: holds another model than {architecture(model)}: {keys[0]} {problem} "
-                           f"({len(missing)} missing, {len(unknown)} unknown, {len(mismatched)} of another shape)")
-    for key, value in weights.items():
-        if value.is_floating_point() and not value.isfinite().all():
-            raise BadInput(f"{path}: {key} holds NaN or infinite weights; get the file again")
-
-    model.load_state_dict({key: value for key, value in weights.items() if key not in new_head}, strict=False)
-    for key in sorted(new_head):
-        if key.endswith("weight"):
-            say(f"{path.name}: the head of {len(weights[key])} classes was replaced by a random one of "
-                f"{len(state[key])}")
 
 
 # Models in use
@@ -241,10 +272,11 @@ def save(model: nn.Module, folder: Path, classes: tuple[str, ...], prep: Preproc
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
 
-    data_config: dict[str, Any] = {"input_size": (3, size, size), "crop_pct": prep.crop_pct, "mean": prep.mean,
-                                   "std": prep.std, "interpolation": prep.interpolation}
+    data_config: dict[str, Any] = {"input_size": (3, size, size), "crop_mode": "center", "crop_pct": prep.crop_pct,
+                                   "mean": prep.mean, "std": prep.std, "interpolation": prep.interpolation}
     # safetensors takes contiguous tensors only, and channels_last ones are not.
     contiguous = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format)
+    declared(contiguous).pop("label_descriptions", None)   # of the classes of the weights it started from
     try:
         timm.models.save_for_hf(contiguous, str(new), model_config={"label_names": list(classes)},
                                 safe_serialization=True, data_config=data_config)
@@ -281,7 +313,7 @@ def open_saved(folder: str) -> tuple[nn.Module, Preprocessing, int, tuple[str, .
         declared = config["pretrained_cfg"]
         prep = Preprocessing(tuple(declared["mean"]), tuple(declared["std"]), declared["interpolation"],
                              declared["crop_pct"])
-        name, classes, size = config["architecture"], tuple(config["label_names"]), declared["input_size"][-1]
+        classes, size = tuple(config["label_names"]), declared["input_size"][-1]
     except OSError as error:
         raise BadInput(f"{folder}: no saved model (config.json: {error.strerror}); give a folder that train.py saved, "
                        f"such as runs/demo/student") from error
@@ -290,4 +322,6 @@ def open_saved(folder: str) -> tuple[nn.Module, Preprocessing, int, tuple[str, .
                        ) from error
     if not (Path(folder) / "model.safetensors").is_file():
         raise BadInput(f"{folder}: model.safetensors is missing; give a folder that train.py saved")
-    return create("model", name, classes, folder, say=lambda line: None).eval(), prep, size, classes
+    # Not by its architecture's name alone: timm rebuilds it with the arguments that config.json keeps.
+    model = create("model", f"local-dir:{folder}", classes, folder, size, say=lambda line: None)
+    return model.eval(), prep, size, classes

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -18,7 +19,7 @@ CLASSES = ("angular", "rust", "healthy")
 
 def make(weights: str = "none", name: str = "test_resnet", classes: tuple[str, ...] = CLASSES,
          said: list | None = None):
-    return models.create("teacher", name, classes, weights, (said if said is not None else []).append)
+    return models.create("teacher", name, classes, weights, say=(said if said is not None else []).append)
 
 
 def test_a_model_has_one_output_a_class_and_random_weights_from_the_seed():
@@ -34,6 +35,28 @@ def test_a_model_has_one_output_a_class_and_random_weights_from_the_seed():
 def test_an_unknown_model_is_named_with_its_neighbours(name, hint):
     with pytest.raises(BadInput, match=f"--teacher {name}: .*{hint}"):
         make(name=name)
+
+
+@pytest.mark.parametrize("name", [
+    "test_resnet.r160_in1k", "timm/test_resnet.r160_in1k", "hf-hub:timm/test_resnet.r160_in1k"])
+def test_a_name_as_the_hub_shows_it_is_timms_model(name):
+    models.check("teacher", name, "imagenet")
+    torch.manual_seed(0)
+    model = make(name=name)
+    torch.manual_seed(0)
+    assert models.digest(model) == models.digest(make()) and models.architecture(model) == "test_resnet"
+
+
+def test_names_that_lead_nowhere_are_one_line(tmp_path):
+    for name, text in (("timm/resnet5O", "no model of that name; did you mean .*resnet50"),
+                       ("hf-hub:timm/resnet5O", "no model of that name; did you mean .*resnet50"),
+                       ("acme/resnet", "hf-hub:acme/resnet"), ("runs/demo/teacher", "local-dir:runs/demo/teacher"),
+                       ("ftp:x/y", "Unknown model source 'ftp'"),
+                       (f"local-dir:{tmp_path}", "no config.json in that folder"), ("local-dir:", "no model id"),
+                       ("hf-hub:a/b/c", "a/b/c"), ("hf-hub:", "no model id")):
+        with pytest.raises(BadInput, match=f"^--student {name}: .*{text}") as caught:
+            models.check("student", name)
+        assert "\n" not in str(caught.value)
 
 
 def test_weights_come_from_a_file_and_a_head_of_another_size_is_replaced(tmp_path):
@@ -52,7 +75,7 @@ def test_weights_that_cannot_be_used_are_named(tmp_path):
     good = make().state_dict()
     cases = {
         "absent.safetensors": (None, "no such file"),
-        "weights.pt": (b"x", "not a .safetensors file"),
+        "weights.pt": (b"x", "not a readable weights file"),
         "corrupt.safetensors": (b"x" * 100, "not a readable safetensors file"),
         "empty.safetensors": (b"", "not a readable safetensors file"),
         "other.safetensors": (make(name="test_efficientnet").state_dict(), "holds another model than test_resnet"),
@@ -76,10 +99,45 @@ def test_a_model_that_declares_another_crop_is_said_to():
                     "in the centre"]
 
 
-def test_a_model_of_a_fixed_size_is_refused_by_name():
-    models.check_size(models.create("student", "test_efficientnet", ("a", "b")), 40)
+def test_a_size_that_a_model_cannot_take_is_refused_by_name():
+    models.check_size(models.create("student", "test_efficientnet", ("a", "b"), size=40), 40)
     with pytest.raises(BadInput, match="--size 40: test_vit takes no pictures of that size.* it declares 160"):
-        models.check_size(models.create("student", "test_vit", ("a", "b")), 40)
+        models.check_size(models.create("student", "test_vit", ("a", "b"), size=40), 40)
+    for name, size in (("mixer_s16_224", 40), ("swin_tiny_patch4_window7_224", 34), ("cait_xxs24_224", 40)):
+        with pytest.raises(BadInput, match=f"^--size {size}: {name} takes .* multiple of its patches.* 224$") as caught:
+            models.create("student", name, ("a", "b"), size=size)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name, size", [
+    ("test_resnet", 48), ("test_vit", 48), ("mobilenetv2_035", 48), ("vit_tiny_patch16_224", 224)])
+def test_a_model_that_takes_the_size_anyway_is_created_as_without_it(name, size):
+    digests = []
+    for given in (None, size):
+        torch.manual_seed(0)
+        digests.append(models.digest(models.create("student", name, ("a", "b"), size=given)))
+    torch.manual_seed(0)
+    plain: Any = timm.create_model(name, num_classes=2)
+    plain.get_classifier().reset_parameters()   # see _reset_head
+    assert digests == [models.digest(plain)] * 2
+
+
+@pytest.mark.parametrize("name, size", [("vit_tiny_patch16_224", 32), ("mixer_s16_224", 48), ("levit_128s", 64)])
+def test_a_model_of_a_fixed_size_is_built_for_the_size_of_the_run(tmp_path, name, size):
+    model = models.create("student", name, ("a", "b"), size=size)
+    models.check_size(model, size)
+    models.save(model, tmp_path / "student", ("a", "b"), models.preprocessing(model), size, "a card")
+    config = json.loads((tmp_path / "student" / "config.json").read_text())
+    assert config["model_args"]["img_size"] == [size, size] and config["pretrained_cfg"]["fixed_input_size"]
+    opened, _, opened_size, _ = models.open_saved(str(tmp_path / "student"))
+    assert models.digest(opened) == models.digest(model) and opened_size == size
+    # as a teacher at twice the size: resampled as timm does
+    if name == "vit_tiny_patch16_224":
+        folder = f"local-dir:{tmp_path / 'student'}"
+        theirs = timm.create_model(folder, pretrained=True, img_size=2 * size)
+        for given in (name, folder):
+            ours = models.create("teacher", given, ("a", "b"), str(tmp_path / "student"), 2 * size)
+            assert models.digest(ours) == models.digest(theirs) != models.digest(model)
 
 
 def test_an_unreachable_hub_is_one_line_within_20_seconds(tmp_path, monkeypatch):

@@ -90,8 +90,9 @@ def compare(cfg: train.Config, rounds: int, steps: int) -> dict[str, Any]:
         student = bench.student
 
         # ---- the tutorial's side: plain models, pictures ready in memory -----------------------------------------
-        theirs = models.create("student", cfg.student, classes, say=lambda line: None).to(device)
-        their_teacher = models.freeze(models.create("teacher", cfg.teacher, classes, say=lambda line: None).to(device))
+        theirs, their_teacher = (models.create(role, name, classes, size=cfg.size, say=lambda line: None).to(device)
+                                 for role, name in (("student", cfg.student), ("teacher", cfg.teacher)))
+        models.freeze(their_teacher)
         batches = list(bench.batches())
         images = [models.normalize(batch.pixels, bench.prep).contiguous() for batch in batches]
         labels = [batch.labels for batch in batches]

@@ -42,7 +42,7 @@ def training_flops(student: str, size: int, device: torch.device) -> float:
 
     Taken as three forwards, because torch counts the backward of grouped convolutions wrongly.
     """
-    twin = models.create("student", student, ("a", "b"), say=lambda line: None).to(device)
+    twin = models.create("student", student, ("a", "b"), size=size, say=lambda line: None).to(device)
     with FlopCounterMode(display=False) as counter:
         twin(torch.zeros(2, 3, size, size, device=device))
     return 3 * counter.get_total_flops() / 2
