@@ -148,6 +148,8 @@ def command(config: Any, recipes: Recipes, skip: set[str]) -> str:
 
 def base_name(value: str) -> str:
     """The last part of what is clearly a path. `owner/name`, as the Hub's ids look, stays as it is."""
+    if value.startswith("local-dir:"):      # timm's prefix for a folder
+        return "local-dir:" + Path(value).name
     return Path(value).name if value.startswith(("/", "~", ".")) or value.count("/") > 1 else value
 
 
@@ -184,6 +186,8 @@ def run(main: Callable[[Any], Any], config: Any) -> None:
 def fail(message: object, status: int, program: str = "train.py") -> NoReturn:
     """Print one line on stderr and leave with `status`: users never see a traceback for what they can mend.
 
+    Only lines that the message indents by two spaces, such as the names of many files, stay lines of their own.
+
     Several ranks may find the same fault. Rank 0 then says it and leaves, and torchrun ends the others while they wait
     here. A fault that only another rank found is said by that rank, after the wait.
     """
@@ -191,7 +195,8 @@ def fail(message: object, status: int, program: str = "train.py") -> NoReturn:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)  # torchrun looks at its ranks ten times a second, but less often on a busy machine
         message = f"rank {rank()}: {message}"
-    print(f"{program}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    lines = [" ".join(line.split()) for line in str(message).split("\n  ")]
+    print(f"{program}: error: " + "\n  ".join(lines), file=sys.stderr)
     sys.exit(status)
 
 

@@ -66,7 +66,8 @@ def test_a_mistake_leaves_with_status_2_and_one_line():
     (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried"), 1,
      "train.py: error: out of memory with --batch-size 99 and --size 64; make one of them smaller, then --overwrite\n"),
     (MemoryError(), 1, "train.py: error: out of memory with --batch-size 99 and --size 64"),
-    (TrainingFault("a full\ndisk"), 1, "train.py: error: a full disk\n"), (BadInput("no"), 2, "train.py: error: no\n")])
+    (TrainingFault("a full\ndisk"), 1, "train.py: error: a full disk\n"), (BadInput("no"), 2, "train.py: error: no\n"),
+    (BadInput("two\n  a  b\n  c\nd"), 2, "train.py: error: two\n  a b\n  c d\n")])
 def test_what_a_user_can_mend_is_one_line_and_a_status(error, status, said, capsys):
     def main(config):
         raise error

@@ -11,7 +11,8 @@ The index is verified when the file is opened, and a frame when a process first 
 is instant, however large the file. A damaged frame is decoded again from its source.
 
 A file is built under a temporary name and under a lock: of several processes one builds, and the
-others wait.
+others wait. Pictures that cannot be decoded are named all at once, and the other ones' frames are
+kept for the next build (`kd/data/kept.py`).
 """
 
 import hashlib
@@ -24,6 +25,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,13 +35,16 @@ from filelock import FileLock, Timeout
 from PIL import Image, features
 
 from kd import DISK_FULL, BadInput, TrainingFault
-from kd.data.decoding import INTERPOLATIONS, open_picture, to_frame
+from kd.data.decoding import INTERPOLATIONS, encoded_frame, to_frame
+from kd.data.kept import KeptFrames, hash_of, write_hashes
 from kd.data.samples import Dataset, Samples
 from kd.machine import console
+from kd.machine.cores import usable_cores
 from kd.machine.files import MappedFiles, sync_folder
 
 TAIL = struct.Struct("<8sQQ32s32s")     # magic, N, R, digest of the pixels, fingerprint
 MAGIC = b"kdframe1"                     # the last byte is the version of this format
+FIRST_BAD = 20                          # so many bad pictures are named in the message
 
 Say = Callable[[str], None]
 Progress = Callable[[int, int], None]
@@ -58,25 +63,43 @@ class FrameSpec:
 
     def frame(self, index: int) -> np.ndarray:
         """The frame of sample `index`: (side, side, 3) uint8. Raises BadInput that names the sample."""
-        name = self.samples.name_of(index)
+        return self.frame_of(self.source(index), index)
+
+    def source(self, index: int) -> bytes | Image.Image:
+        """Sample `index`, encoded, or as a picture that never was. Raises BadInput that names the sample."""
         try:
-            source = self.samples.read(index)
+            return self.samples.read(index)
         except OSError as error:
-            raise BadInput(f"{name}: it cannot be read ({error.strerror})") from error
-        image = open_picture(source, name) if isinstance(source, bytes) else source
-        return to_frame(image, self.size, self.side, self.interpolation)
+            raise BadInput(f"{self.samples.name_of(index)}: it cannot be read ({error.strerror})") from error
+
+    def frame_of(self, source: bytes | Image.Image, index: int) -> np.ndarray:
+        """The frame of what `source(index)` gave. Raises BadInput that names the sample."""
+        if isinstance(source, bytes):
+            return encoded_frame(source, self.samples.name_of(index), self.size, self.side, self.interpolation)
+        return to_frame(source, self.size, self.side, self.interpolation)
 
     def fingerprint(self) -> bytes:
         """(32,) hash of everything that decides the frames."""
-        inputs = (self.samples.fingerprint, len(self.samples), self.size, self.side, self.interpolation,
-                  Image.__version__, features.version_codec("jpg"), np.__version__)
-        return hashlib.sha256(repr(inputs).encode()).digest()
+        return _digest(self.samples.fingerprint, len(self.samples), *self._settings())
+
+    def key(self) -> bytes:
+        """(32,) hash of everything but the pictures that decides a frame."""
+        return _digest(*self._settings())
+
+    def _settings(self) -> tuple[Any, ...]:
+        return (self.size, self.side, self.interpolation,
+                Image.__version__, features.version_codec("jpg"), np.__version__)
+
+
+def _digest(*values: Any) -> bytes:
+    return hashlib.sha256(repr(values).encode()).digest()
 
 
 class Frames:
     """The frames of one split on disk: (N, R, R, 3) uint8. Several threads may read at once.
 
-    `digest` is a hash of all the pixels, `nbytes` the size of the file.
+    `digest` is a hash of all the pixels, `checksums` the CRC-32 of each frame, (N,) uint32, and `nbytes`
+    the size of the file.
     """
 
     def __init__(self, path: Path, spec: FrameSpec, say: Say):
@@ -109,11 +132,15 @@ class Frames:
 
             self.digest, self.shape = digest.hex(), (count, side, side, 3)
             self._frames = self._mapped.open(file, self.shape, np.uint8)
-        self._checksums = np.frombuffer(index, "<u4", count)
+        self.checksums = np.frombuffer(index, "<u4", count)
         self._verified = np.zeros(count, bool)
 
     def __len__(self) -> int:
         return self.shape[0]
+
+    def name_of(self, index: int) -> str:
+        """The sample's name for messages."""
+        return self._spec.samples.name_of(index)
 
     def read(self, indices: Sequence[int] | np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """Copy frames into `out`, or into a new array: (B, R, R, 3) uint8, C-contiguous.
@@ -132,13 +159,13 @@ class Frames:
 
     def _verify(self, index: int, frame: np.ndarray) -> None:
         """Check the copy, since that is what will be used. If it is damaged, restore it and the file."""
-        if zlib.crc32(frame.data) == self._checksums[index]:
+        if zlib.crc32(frame.data) == self.checksums[index]:
             self._verified[index] = True
             return
 
-        name = self._spec.samples.name_of(index)
+        name = self.name_of(index)
         np.copyto(frame, self._spec.frame(index))
-        if zlib.crc32(frame.data) != self._checksums[index]:
+        if zlib.crc32(frame.data) != self.checksums[index]:
             raise TrainingFault(f"{self.path}: frame {index} is damaged, and {name} has changed since; "
                                 "delete the file and start again")
         try:
@@ -190,8 +217,13 @@ class Data:
 
 # Finding and building the files
 
-def decode(dataset: Dataset, *, size: int, crop_pct: float, interpolation: str, cache_dir: str | Path,
-           say: Say = print, progress: Progress | None = None) -> Data:
+def decode(dataset: Dataset, **options: Any) -> Data:
+    """The frames of train, validation and test. Options and errors are those of `decode_splits`."""
+    return Data(dataset.classes, **decode_splits(dataset, **options))
+
+
+def decode_splits(dataset: Dataset, *, size: int, crop_pct: float, interpolation: str, cache_dir: str | Path,
+                  say: Say = print, progress: Progress | None = None) -> dict[str, Split]:
     """Open the frames of every split of `dataset` under `cache_dir`; build those that are not there.
 
     `size` (pixels), `crop_pct` and `interpolation` are those of timm's data config.
@@ -200,8 +232,8 @@ def decode(dataset: Dataset, *, size: int, crop_pct: float, interpolation: str, 
     another process builds, it is called with done = 0 every 0.1 s. An exception from it stops the
     build, which leaves no incomplete file behind. Any number of processes may call this at once.
 
-    Raises BadInput for a picture that cannot be decoded (by its name) and for a cache folder that
-    cannot be written, TrainingFault for a full disk.
+    Raises BadInput for pictures that cannot be decoded, all of them at once by their names, and for a
+    cache folder that cannot be written; TrainingFault for a full disk.
     """
     if not 0 < crop_pct <= 1:
         raise BadInput(f"crop_pct {crop_pct} is not a share of the picture; choose more than 0 and at most 1")
@@ -210,21 +242,68 @@ def decode(dataset: Dataset, *, size: int, crop_pct: float, interpolation: str, 
 
     folder = Path(cache_dir).expanduser()
     side = math.floor(size / crop_pct)
-    splits, built, start = {}, False, time.perf_counter()
-    for name, samples in dataset.splits.items():
-        spec = FrameSpec(samples, size, side, interpolation)
-        path = _path(folder, dataset.name, name, spec)
-        frames = _open_if_valid(path, spec, say)
+    specs = {name: FrameSpec(samples, size, side, interpolation) for name, samples in dataset.splits.items()}
+    paths = {name: _path(folder, dataset.name, name, spec) for name, spec in specs.items()}
+    kept = KeptFrames(list(paths.values()))
+    splits: dict[str, Split] = {}
+    bad: list[str] = []
+    built, start = False, time.perf_counter()
+    for name, spec in specs.items():
+        frames = _open_if_valid(paths[name], spec, say)
         if frames is None:
-            frames, built = _build_or_wait(path, spec, say, progress), True
-        splits[name] = Split(frames, samples.labels)
+            built = True
+            try:
+                frames = _build_or_wait(paths[name], spec, kept, say, progress)
+            except BadPictures as error:
+                bad += error.messages
+                continue
+        splits[name] = Split(frames, spec.samples.labels)
 
+    list_path = _list_path(folder, dataset.name, specs)
+    if bad:
+        raise _all_in_one(bad, sum(map(len, dataset.splits.values())), dataset.name, list_path)
+    kept.remove()
     if built:
+        with suppress(OSError):
+            list_path.unlink(missing_ok=True)
         count = sum(len(split) for split in splits.values())
         nbytes = sum(split.frames.nbytes for split in splits.values())
         say(f"decoded images: {folder} holds {count:,} of {dataset.name}, {side} × {side} pixels, "
             f"{nbytes / 1e6:,.0f} MB ({time.perf_counter() - start:.1f} s); safe to delete")
-    return Data(dataset.classes, **splits)
+    return splits
+
+
+class BadPictures(Exception):
+    """The pictures of a split that cannot be decoded, each with its name, the reason, and what to do."""
+
+    def __init__(self, messages: list[str]):
+        super().__init__("\n".join(messages))
+        self.messages = messages
+
+
+def _all_in_one(bad: list[str], total: int, dataset_name: str, list_path: Path) -> BadInput:
+    """One bad picture is one line. Of several, the first ones follow a first line, and a file has all."""
+    if len(bad) == 1:
+        return BadInput(bad[0])
+    try:
+        list_path.write_text("\n".join(bad) + "\n", "utf-8", "backslashreplace")
+        written = f" {list_path} names all of them."
+    except OSError:     # the names below are more important
+        written = ""
+    lines = bad[:FIRST_BAD] + ([f"… and {len(bad) - FIRST_BAD:,} more"] if len(bad) > FIRST_BAD else [])
+    return BadInput("\n  ".join([
+        f"{len(bad):,} of {total:,} pictures of {dataset_name} cannot be decoded. Restore, convert or remove them, and "
+        f"start again; the others need not be decoded again.{written}", *lines]))
+
+
+def _list_path(folder: Path, dataset_name: str, specs: dict[str, FrameSpec]) -> Path:
+    """The file that names the bad pictures: one for each dataset, whatever the size of its frames."""
+    digest = _digest(*(spec.samples.location for spec in specs.values())).hex()[:12]
+    return folder / f"{_title(dataset_name)}-{digest}-bad-pictures.txt"
+
+
+def _title(dataset_name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "-", dataset_name)[-40:]
 
 
 def _path(folder: Path, dataset_name: str, split_name: str, spec: FrameSpec) -> Path:
@@ -233,9 +312,8 @@ def _path(folder: Path, dataset_name: str, split_name: str, spec: FrameSpec) -> 
     So frames of changed data replace the old ones.
     """
     key = repr((spec.samples.location, spec.size, spec.interpolation))
-    title = re.sub(r"[^A-Za-z0-9.]+", "-", dataset_name)[-40:]
     digest = hashlib.sha256(key.encode()).hexdigest()[:12]
-    return folder / f"{title}-{split_name}-{spec.side}px-{digest}.frames"
+    return folder / f"{_title(dataset_name)}-{split_name}-{spec.side}px-{digest}.frames"
 
 
 def _open_if_valid(path: Path, spec: FrameSpec, say: Say) -> Frames | None:
@@ -250,8 +328,8 @@ def _open_if_valid(path: Path, spec: FrameSpec, say: Say) -> Frames | None:
         raise BadInput(f"--cache-dir: {path} cannot be read ({error.strerror}); choose another") from error
 
 
-def _build_or_wait(path: Path, spec: FrameSpec, say: Say, progress: Progress | None) -> Frames:
-    """Build the file at `path`, or wait for the process that is building it."""
+def _build_or_wait(path: Path, spec: FrameSpec, kept: KeptFrames, say: Say, progress: Progress | None) -> Frames:
+    """Build the file at `path`, or wait for the process that is building it. Raises BadPictures."""
     temporary, lock = path.with_suffix(".tmp"), _lock(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -260,9 +338,14 @@ def _build_or_wait(path: Path, spec: FrameSpec, say: Say, progress: Progress | N
         try:
             # Another process may have built the file while this one waited.
             if _open_if_valid(path, spec, say=lambda line: None) is None:
-                _build(temporary, spec, path.name.rsplit("-", 2)[0], progress)
-                os.rename(temporary, path)
-                sync_folder(path.parent)
+                kept.load(spec.key(), spec.side)
+                try:
+                    _build(temporary, path, spec, kept, progress)
+                except OSError as error:
+                    # They may take the room that the new file needs, and can be decoded again.
+                    if error.errno not in DISK_FULL or not kept.give_up():
+                        raise
+                    _build(temporary, path, spec, kept, progress)
             return Frames(path, spec, say)
         finally:
             temporary.unlink(missing_ok=True)
@@ -309,42 +392,65 @@ def _remove_leftovers(folder: Path) -> None:
             pass
 
 
-def _build(path: Path, spec: FrameSpec, name: str, progress: Progress | None) -> None:
-    """Decode every picture, in threads (Pillow releases the GIL), and write the whole file to the disk."""
+def _build(temporary: Path, path: Path, spec: FrameSpec, kept: KeptFrames, progress: Progress | None) -> None:
+    """Decode every picture, in threads (Pillow releases the GIL), and write the whole file to the disk.
+
+    It is written as `temporary` and then renamed: to `path`, or where pictures are bad to the place
+    where frames are kept. Raises BadPictures.
+    """
     count, frame_bytes = len(spec.samples), spec.side ** 2 * 3
     checksums = np.zeros(count, "<u4")
+    hashes = np.zeros((count, 2, 32), np.uint8)     # of the encoded picture, and of its frame
     content = hashlib.sha256(repr((count, spec.side)).encode())
+    bad: list[str] = []
 
-    with open(path, "wb") as file:
+    with open(temporary, "wb") as file:
         descriptor = file.fileno()
         if hasattr(os, "posix_fallocate"):  # so that a full disk shows now, and not at the last picture
             os.posix_fallocate(descriptor, 0, count * (frame_bytes + 4) + TAIL.size + 32)
 
-        def decode_one(index: int) -> tuple[int, bytes]:
-            frame = spec.frame(index).tobytes()
+        def decode_one(index: int) -> tuple[int, bytes, bytes]:
+            source = spec.source(index)
+            encoded_hash = hash_of(source) if isinstance(source, bytes) else bytes(32)
+            frame = kept.find(encoded_hash) or spec.frame_of(source, index).tobytes()
             _write(descriptor, memoryview(frame), index * frame_bytes)
-            return zlib.crc32(frame), hashlib.sha256(frame).digest()
+            return zlib.crc32(frame), encoded_hash, hashlib.sha256(frame).digest()
 
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = usable_cores()
         ahead: deque[Future] = deque()
         pool = ThreadPoolExecutor(threads)
         try:
-            with console.progress(count, f"decoding {name}") as bar:
+            with console.progress(count, f"decoding {path.name.rsplit('-', 2)[0]}") as bar:
                 for done in range(count):
                     while len(ahead) < 4 * threads and done + len(ahead) < count:
                         ahead.append(pool.submit(decode_one, done + len(ahead)))
-                    checksums[done], digest = ahead.popleft().result()
-                    content.update(digest)
+                    try:
+                        checksums[done], encoded_hash, frame_hash = ahead.popleft().result()
+                        hashes[done] = np.frombuffer(encoded_hash + frame_hash, np.uint8).reshape(2, 32)
+                        content.update(frame_hash)
+                    except BadInput as error:
+                        bad.append(str(error))
                     bar.update()
                     if progress:
                         progress(done + 1, count)
         finally:
             pool.shutdown(cancel_futures=True)
 
-        index = checksums.tobytes()
-        index += TAIL.pack(MAGIC, count, spec.side, content.digest(), spec.fingerprint())
-        _write(descriptor, memoryview(index + hashlib.sha256(index).digest()), count * frame_bytes)
-        os.fsync(descriptor)
+        if not bad:
+            index = checksums.tobytes()
+            index += TAIL.pack(MAGIC, count, spec.side, content.digest(), spec.fingerprint())
+            _write(descriptor, memoryview(index + hashlib.sha256(index).digest()), count * frame_bytes)
+            os.fsync(descriptor)
+
+    # Complete files need the hashes as well, in case that another split has bad pictures: a picture that is removed
+    # changes what is carved from train.
+    os.rename(temporary, path.with_suffix(".partial") if bad else path)
+    with suppress(OSError):     # without them, the frames are decoded again
+        write_hashes(path, spec.key(), spec.side, hashes)
+    if bad:
+        raise BadPictures(bad)
+    path.with_suffix(".partial").unlink(missing_ok=True)
+    sync_folder(path.parent)
 
 
 def _write(descriptor: int, data: memoryview, offset: int) -> None:

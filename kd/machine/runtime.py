@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from kd import BadInput, cli
+from kd.machine.cores import cpu_quota, usable_cores
 
 
 class Runtime(NamedTuple):
@@ -35,6 +36,7 @@ def start(device: str, amp: str, compile: str, kernels: str = "auto") -> Runtime
 
     Raises BadInput where a device, a precision or a compilation is asked for that the machine cannot give.
     """
+    limit_threads()
     chosen = _choose_device(device)
     precision = _choose_precision(amp, chosen)
     compiled = _choose_compile(compile, chosen)
@@ -125,6 +127,13 @@ def _first_error(error: Exception) -> str:
     """The line of a compiler's message that says what is wrong, at most 200 characters of it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return ([line for line in lines if "error: " in line] or lines or [repr(error)])[0][:200]
+
+
+def limit_threads() -> None:
+    """Lower torch's threads to the cores of a CPU quota, which torch does not know; OMP_NUM_THREADS has priority."""
+    quota = cpu_quota()
+    if quota is not None and "OMP_NUM_THREADS" not in os.environ and usable_cores() < torch.get_num_threads():
+        torch.set_num_threads(usable_cores())
 
 
 def tune_allocator(keep: bool = True) -> bool:

@@ -2,10 +2,14 @@
 
 import io
 import os
+import re
 import struct
 import subprocess
 import sys
 import textwrap
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -15,9 +19,10 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
 from kd import BadInput
+from kd.data import decoding
 from kd.data.sources import open_dataset
 from kd.data.frames import center_crop
-from kd.data.decoding import FORMATS, open_picture, to_frame
+from kd.data.decoding import FORMATS, MAX_PIXELS, encoded_frame, is_lfs_pointer, open_picture, to_frame
 from tests.data.test_frames import encoded, noise
 
 BEANS = os.environ.get("KD_BEANS", "")
@@ -147,6 +152,158 @@ def test_animations_and_phone_jpegs_give_their_first_picture():
         assert np.allclose(pixel(data), (255, 0, 0), atol=3)
 
 
+# Damage that leaves every pixel whole
+
+BAD_EXIF = b"Exif\0\0MM\0*\0\0\0\x08\0\x05" + b"\xff" * 40
+
+
+def segment(marker: int, data: bytes) -> bytes:
+    """Of a JPEG file."""
+    return bytes([255, marker]) + struct.pack(">H", len(data) + 2) + data
+
+
+def chunk(kind: bytes, data: bytes, damage: int = 0) -> bytes:
+    """Of a PNG file; `damage` is that of its checksum."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data) ^ damage)
+
+
+def harmless_damage() -> dict[str, tuple[bytes, bytes]]:
+    """(damaged file, intact file)"""
+    image = noise(64, 48)
+    jpeg, progressive, png = (encoded(image, "JPEG"), encoded(image, "JPEG", progressive=True), encoded(image, "PNG"))
+    restarts = encoded(image, "JPEG", restart_marker_rows=1)
+    grey = encoded(image.convert("L"), "JPEG", quality=100, optimize=True)
+    alpha = image.copy()
+    alpha.putalpha(image.convert("L"))
+    transparent = encoded(alpha, "PNG")
+    bomb = zlib.compress(bytes(3 << 20))
+    damaged = {
+        **{f"JPEG with a bad {name}": (jpeg[:2] + segment(marker, data) + jpeg[2:], jpeg) for name, marker, data in (
+            ("EXIF", 0xE1, BAD_EXIF), ("ICC", 0xE2, b"ICC_PROFILE\0"), ("ICC count", 0xE2, b"ICC_PROFILE\0\x05\x09x"),
+            ("MPO index", 0xE2, b"MPF\0II*\0\x08\0\0\0\xff\xff"), ("JFIF", 0xE0, b"JFIF"), ("Adobe", 0xEE, b"Adobe"),
+            ("Photoshop block", 0xED, b"Photoshop 3.0\0008BIM\x04\x04"), ("comment", 0xFE, b""))},
+        **{f"{kind} without {name}": (whole[:-cut] + tail, whole)
+           for kind, whole in (("JPEG", jpeg), ("progressive JPEG", progressive), ("JPEG with restarts", restarts),
+                               ("grey JPEG", grey))
+           for name, cut, tail in (("its end marker", 2, b""), ("half of its end marker", 1, b""),
+                                   ("its end marker, then zeros", 2, bytes(500)),
+                                   ("its end marker, then an erased block", 2, b"\xff" * 500))},
+        "JPEG with a bad ICC and without its end": (
+            jpeg[:2] + segment(0xE2, b"ICC_PROFILE\0") + jpeg[2:-2], jpeg),
+        "JPEG with a tail": (jpeg + b"garbage" * 99, jpeg),
+        **{f"PNG with {name}": (png[:33] + chunk(kind, data, damage) + png[33:], png) for name, kind, data, damage in (
+            ("a large zTXt", b"zTXt", b"k\0\0" + bomb, 0), ("a large iTXt", b"iTXt", b"k\0\1\0\0\0" + bomb, 0),
+            ("a large ICC", b"iCCP", b"k\0\0" + bomb, 0), ("an empty ICC", b"iCCP", b"", 0),
+            ("an ICC of another compression", b"iCCP", b"k\0\7abc", 0), ("a damaged text", b"tEXt", b"k\0v", 1),
+            ("a damaged time", b"tIME", b"1234567", 1), ("a damaged EXIF", b"eXIf", BAD_EXIF[6:], 1),
+            ("a short pHYs", b"pHYs", b"\0", 0), ("a bad name of a chunk", b"a\xff\0b", b"", 0))},
+        "PNG with a large text at its end": (png[:-12] + chunk(b"zTXt", b"k\0\0" + bomb) + png[-12:], png),
+        "PNG cut within a text at its end": (png[:-12] + chunk(b"tEXt", b"k\0" + bytes(30))[:-20], png),
+        "PNG without its end": (png[:-12], png), "PNG with a tail": (png + b"garbage" * 99, png),
+        "transparent PNG with a damaged text": (transparent[:33] + chunk(b"tEXt", b"k\0v", 1) + transparent[33:],
+                                                transparent),
+        "TIFF with unknown tags": (encoded(image, "TIFF", tiffinfo={65000: "mine" * 9, 700: b"\xff\xfe"}), png),
+    }
+    return damaged | {f"{format} with a tail": (encoded(image, format) + b"garbage" * 99, encoded(image, format))
+                      for format in ("GIF", "BMP", "TIFF", "WEBP")}
+
+
+@pytest.mark.parametrize("damaged, intact", harmless_damage().values(), ids=list(harmless_damage()))
+def test_damage_that_leaves_every_pixel_whole_does_not_matter(damaged, intact):
+    assert damaged != intact
+    assert np.array_equal(np.asarray(open_picture(damaged, "x")), np.asarray(open_picture(intact, "x")))
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+def test_orientation_survives_damage_elsewhere(format):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright = noise(48, 32)
+    data = encoded(upright.transpose(Image.Transpose.ROTATE_90), format, exif=exif)
+    bad = segment(0xE2, b"ICC_PROFILE\0") if format == "JPEG" else chunk(b"tEXt", b"k\0v", 1)
+    start = 2 if format == "JPEG" else 33
+    damaged = open_picture(data[:start] + bad + data[start:], "x")
+    assert damaged.size == (48, 32) and np.array_equal(np.asarray(damaged), np.asarray(open_picture(data, "x")))
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"quality": 100, "subsampling": 0}, {"progressive": True}, {"progressive": True, "quality": 100},
+    {"restart_marker_rows": 1}, {"restart_marker_blocks": 2, "progressive": True}], ids=str)
+def test_a_jpeg_that_lacks_pixels_is_refused_wherever_it_ends(options):
+    """Also at a restart marker, or between the scans of a progressive one."""
+    whole = encoded(noise(96, 72), "JPEG", **options)
+    markers = [match.start() + shift for match in re.finditer(rb"\xff[^\x00\xff]", whole[:-2]) for shift in (0, 2)]
+    for cut in {len(whole) - lacking for lacking in (4, 5, 10, 40)} | set(markers[1:]):
+        with pytest.raises(BadInput, match="^x: "):
+            open_picture(whole[:cut], "x")
+
+
+@pytest.mark.parametrize("data, reason", [
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+     "a Git LFS pointer, not the picture; run git lfs pull"),
+    (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99), "HEIC; convert it to JPEG"),
+    (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic" + bytes(99), "HEIC; convert it to JPEG"),
+    (b"\0\0\0\x18ftypisom\0\0\2\0isommp41" + bytes(99), "a video (MP4 or MOV); remove it"),
+    (b"RIFF\0\0\0\0AVI LIST" + bytes(99), "a video or a sound (RIFF); remove it"),
+    (b"<!DOCTYPE html><title>404</title>",
+     "a web page, not an image; download the image again, or remove it"),
+    (b"cats on a mat\n", "a text file, not an image; remove it"),
+    (b"%PDF-1.7\n", "not an image but a PDF document; remove it, or convert its pages to PNG"),
+    (b"\xff\xd8\xff", "JPEG that is damaged, or of a kind that cannot be read; restore, convert or remove it"),
+    (bytes(128) + b"DICM" + bytes(99), "DICOM; convert it to PNG"),
+    (bytes(2000), f"not an image (formats: {', '.join(FORMATS)}); remove it")])
+def test_what_is_no_picture_is_called_what_it_is(data, reason):
+    with pytest.raises(BadInput) as caught:
+        open_picture(data, "train/a/7.jpg")
+    assert str(caught.value) == f"train/a/7.jpg: {reason}"
+
+
+def test_a_pointer_of_git_lfs_is_recognised_by_its_beginning():
+    assert is_lfs_pointer(b"version https://git-lfs.github.com/spec/v1\noid")
+    assert not is_lfs_pointer(b"version 1") and not is_lfs_pointer(b"")
+
+
+@pytest.mark.skipif("AVIF" not in FORMATS, reason="this Pillow was built without AVIF")
+def test_avif():
+    image = Image.new("RGBA", (16, 16), (200, 0, 100, 255))
+    image.paste((0, 0, 0, 0), (0, 0, 8, 16))
+    data = encoded(image, "AVIF", quality=100)
+    assert np.allclose([pixel(data, at) for at in ((2, 8), (13, 8))], [WHITE, (200, 0, 100)], atol=4)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_the_largest_photographs_of_phones_are_read():
+    """108 megapixels, and more than Pillow's warning allows; 4 bytes a pixel are in memory."""
+    assert MAX_PIXELS == 2 * 89_478_485
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 12000, 9000, 1, 0, 0, 0, 0))
+    data = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1501 * 9000))) + chunk(b"IEND", b"")
+    assert encoded_frame(data, "x", 4, 4, "nearest").tolist() == np.zeros((4, 4, 3)).tolist()
+
+
+def test_large_pictures_are_decoded_a_few_at_a_time(monkeypatch):
+    held, most = 0, 0
+
+    def watch(encoded, name):
+        nonlocal held, most
+        held += 1
+        most = max(most, held)
+        time.sleep(.02)
+        held -= 1
+        return noise(40, 30)
+
+    monkeypatch.setattr(decoding, "open_picture", watch)
+    noisy = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)), "PNG")
+    for limit, expected in ((100, 4), (decoding.LARGE_PIXELS, 8)):
+        most = 0
+        monkeypatch.setattr(decoding, "LARGE_PIXELS", limit)
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda _: encoded_frame(noisy, "x", 8, 8, "nearest"), range(16)))
+        assert most == expected
+
+
+# What is refused
+
 def broken_files() -> dict[str, bytes]:
     image = noise(64, 48)
     whole = {format: encoded(image, format) for format in FORMATS}
@@ -252,7 +409,7 @@ def test_sliver_is_resized_without_its_whole():
 def test_sliver_equals_the_whole(monkeypatch):
     picture = noise(40, 300)
     whole = to_frame(picture, 20, 25, "bicubic").astype(int)
-    monkeypatch.setattr("kd.data.decoding.MAX_PIXELS", 1)
+    monkeypatch.setattr("kd.data.decoding.MAX_RESIZED_PIXELS", 1)
     assert np.abs(to_frame(picture, 20, 25, "bicubic") - whole).max() <= 1
 
 

@@ -9,19 +9,20 @@ from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from kd import BadInput, TrainingFault
-from kd.data import frames
-from kd.data.frames import decode
+from kd.data import decoding, frames
+from kd.data.frames import decode, decode_splits
 from kd.data.decoding import to_frame
 from kd.data.samples import Dataset, Samples
 
 BEANS = os.environ.get("KD_BEANS", "")
-SETTINGS = {"size": 28, "crop_pct": .875, "interpolation": "bilinear"}  # frames of 32 × 32
+SETTINGS: dict[str, Any] = {"size": 28, "crop_pct": .875, "interpolation": "bilinear"}  # frames of 32 × 32
 
 
 def encoded(image: Image.Image, format: str, **options) -> bytes:
@@ -39,7 +40,7 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
 def dataset_of(count: int, identity: str = "same", read=None) -> Dataset:
     def samples(split: str, size: int) -> Samples:
         return Samples(np.arange(size) % 2, read or (lambda index: noise(40, 36, index)),
-                       lambda index: f"{split}/{index}.png", f"somewhere {split}", identity)
+                       lambda index: f"{split}/{index}.png", str, f"somewhere {split}", identity)
 
     sizes = {"train": count, "validation": 2, "test": 2}
     return Dataset("toy", ("a", "b"), {split: samples(split, size) for split, size in sizes.items()})
@@ -177,12 +178,197 @@ def test_damaged_frame_that_cannot_be_repaired_is_decoded_at_every_read(tmp_path
     assert len(said) == 2 and "cannot be repaired" in said[0]
 
 
-def test_picture_that_cannot_be_decoded_leaves_no_file(tmp_path):
-    whole = encoded(noise(40, 36), "JPEG")
-    with pytest.raises(BadInput, match="(?i)^train/3.png: .*truncated"):
-        open_store(tmp_path, dataset_of(10, read=lambda index: whole[:-300] if index in (3, 5) else whole))
-    assert names(tmp_path) == []
+# Bad pictures
 
+GOOD = [encoded(noise(40, 36, number), "PNG") for number in range(40)]
+
+
+def files_dataset(seed: int, **files: dict[str, bytes]) -> Dataset:
+    """Splits of (name: content); the fingerprint changes with the seed."""
+    def samples(split: str) -> Samples:
+        names, contents = list(files[split]), list(files[split].values())
+        return Samples(np.zeros(len(names), np.int64), lambda index: contents[index], lambda index: names[index],
+                       lambda index: names[index], f"somewhere {split}", f"{seed}")
+
+    return Dataset("toy", ("a",), {split: samples(split) for split in files})
+
+
+def pictures(first: int, count: int, bad: dict[int, bytes] = {}) -> dict[str, bytes]:
+    return {f"{number}.png": bad.get(number, GOOD[number]) for number in range(first, first + count)}
+
+
+@pytest.fixture
+def decoded(monkeypatch) -> list[str]:
+    """The names of all pictures that are decoded."""
+    seen: list[str] = []
+    original = decoding.open_picture
+
+    def watch(content: bytes, name: str) -> Image.Image:
+        picture = original(content, name)
+        seen.append(name)
+        return picture
+
+    monkeypatch.setattr(decoding, "open_picture", watch)
+    return seen
+
+
+def check_against_fresh_build(data, dataset: Dataset, folder: Path) -> None:
+    fresh, _ = open_store(folder, dataset)
+    for split in ("train", "validation", "test"):
+        ours, theirs = getattr(data, split), getattr(fresh, split)
+        assert ours.frames.path.read_bytes() == theirs.frames.path.read_bytes()
+        everything = range(len(ours))
+        assert np.array_equal(ours.frames.read(everything), theirs.frames.read(everything))
+
+
+def test_one_bad_picture_is_one_line(tmp_path):
+    with pytest.raises(BadInput) as caught:
+        open_store(tmp_path, files_dataset(0, train=pictures(0, 5, {3: b""}), validation=pictures(5, 2),
+                                           test=pictures(7, 2)))
+    assert str(caught.value) == "3.png: the image is empty; restore or remove it"
+
+
+def test_all_bad_pictures_of_all_splits_are_named_at_once(tmp_path):
+    files = {"train": pictures(0, 25, dict.fromkeys(range(2, 24), b"")),
+             "validation": pictures(25, 3, {26: GOOD[26][:200]}),
+             "test": pictures(28, 2, {28: b"", 29: b""})}
+    with pytest.raises(BadInput) as caught:
+        open_store(tmp_path, files_dataset(0, **files))
+    first, *lines = str(caught.value).split("\n")
+    assert first.startswith("25 of 30 pictures of toy cannot be decoded. ")
+    assert lines[:20] == [f"  {number}.png: the image is empty; restore or remove it" for number in range(2, 22)]
+    assert lines[20:] == ["  … and 5 more"]
+
+    [path] = tmp_path.glob("toy-*-bad-pictures.txt")
+    assert f"{path} names all of them." in first
+    listed = path.read_text().splitlines()
+    assert [line.split(":")[0] for line in listed] == [f"{number}.png" for number in [*range(2, 24), 26, 28, 29]]
+    assert "26.png: the image cannot be decoded (" in listed[22]
+
+
+def test_after_bad_pictures_are_removed_the_others_are_not_decoded_again(tmp_path, decoded):
+    bad = {2: GOOD[2][:300], 5: b"", 11: b"text"}
+    dataset = files_dataset(0, train=pictures(0, 8, bad), validation=pictures(8, 2), test=pictures(10, 3, bad))
+    for _ in range(2):      # without a change, the same ones are bad again
+        with pytest.raises(BadInput, match="^3 of 13 pictures"):
+            open_store(tmp_path / "cache", dataset)
+        assert sorted(decoded) == sorted(f"{number}.png" for number in (0, 1, 3, 4, 6, 7, 8, 9, 10, 12))
+
+    # One is restored, one removed. A new picture comes first, and another changes its split, as carved ones do.
+    decoded.clear()
+    train = {"new.png": GOOD[20], **pictures(0, 8, bad)}
+    train["2.png"] = GOOD[2]
+    test = pictures(10, 3)
+    del train["5.png"], test["11.png"]
+    test["4.png"] = train.pop("4.png")
+    mended = files_dataset(1, train=train, validation=pictures(8, 2), test=test)
+    data, said = open_store(tmp_path / "cache", mended)
+    assert sorted(decoded) == ["2.png", "new.png"]
+    assert suffixes(tmp_path / "cache") == [".frames"] * 3 and "decoded images" in said[-1]
+    check_against_fresh_build(data, mended, tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("change", [{"size": 29}, {"interpolation": "bicubic"}, "version"], ids=str)
+def test_frames_that_were_kept_for_other_settings_are_not_used(tmp_path, decoded, monkeypatch, change):
+    dataset = files_dataset(0, train=pictures(0, 4, {3: b""}), validation=pictures(4, 1), test=pictures(5, 1))
+    with pytest.raises(BadInput):
+        open_store(tmp_path, dataset)
+    decoded.clear()
+    if change == "version":
+        monkeypatch.setattr(Image, "__version__", "0.0")
+    with pytest.raises(BadInput):
+        open_store(tmp_path, dataset, **({} if change == "version" else change))
+    assert len(decoded) == 5
+
+
+@pytest.mark.parametrize("suffix", [".hashes", ".partial"])
+def test_damage_of_what_was_kept_costs_time_and_nothing_else(tmp_path, decoded, suffix):
+    files = {"train": pictures(0, 8, {5: b""}), "validation": pictures(8, 2), "test": pictures(10, 2)}
+    mended = files_dataset(1, **{**files, "train": pictures(0, 8)})
+    check = open_store(tmp_path / "fresh", mended)[0].train.frames.path.read_bytes()
+    rng = np.random.default_rng(0)
+    for trial in range(12):
+        folder = tmp_path / str(trial)
+        with pytest.raises(BadInput):
+            open_store(folder, files_dataset(0, **files))
+        [path] = folder.glob(f"*train*{suffix}")
+        content = bytearray(path.read_bytes())
+        if trial < 4:
+            content = content[:len(content) * trial // 4]
+        else:
+            content[rng.integers(len(content))] ^= 1 << rng.integers(8)
+        path.write_bytes(content)
+        decoded.clear()
+        data, _ = open_store(folder, mended)
+        assert data.train.frames.path.read_bytes() == check
+        assert "5.png" in decoded and (suffix == ".partial" or len(decoded) == 8)
+        assert suffixes(folder) == [".frames"] * 3
+
+
+def test_a_stopped_build_leaves_what_was_kept(tmp_path, decoded):
+    files = {"train": pictures(0, 8, {5: b""}), "validation": pictures(8, 2), "test": pictures(10, 2)}
+    with pytest.raises(BadInput):
+        open_store(tmp_path, files_dataset(0, **files))
+    decoded.clear()
+
+    def stop(done, total):
+        if done == 7:
+            raise KeyboardInterrupt
+
+    mended = files_dataset(1, **{**files, "train": pictures(0, 8)})
+    with pytest.raises(KeyboardInterrupt):
+        open_store(tmp_path, mended, progress=stop)
+    assert not list(tmp_path.glob("*.tmp"))
+    decoded.clear()
+    open_store(tmp_path, mended)
+    assert decoded == ["5.png"]
+
+
+def test_what_was_kept_makes_room_on_a_full_disk(tmp_path, decoded, monkeypatch):
+    files = {"train": pictures(0, 8, {5: b""}), "validation": pictures(8, 2), "test": pictures(10, 2)}
+    with pytest.raises(BadInput):
+        open_store(tmp_path, files_dataset(0, **files))
+    decoded.clear()
+    allocate = os.posix_fallocate
+
+    def full_while_frames_are_kept(*args):
+        if list(tmp_path.glob("*.partial")):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        allocate(*args)
+
+    monkeypatch.setattr(os, "posix_fallocate", full_while_frames_are_kept)
+    data, _ = open_store(tmp_path, files_dataset(1, **{**files, "train": pictures(0, 8)}))
+    assert [len(data.train), len(data.test)] == [8, 2] and suffixes(tmp_path) == [".frames"] * 3
+
+
+def test_pictures_that_were_never_encoded_are_decoded_again(tmp_path):
+    bad = True
+
+    def read(index: int) -> bytes | Image.Image:
+        return b"" if bad and index == 3 else noise(40, 36, index)
+
+    with pytest.raises(BadInput, match="train/3.png: the image is empty"):
+        open_store(tmp_path, dataset_of(10, read=read))
+    bad = False
+    check_frames(open_store(tmp_path, dataset_of(10, read=read))[0])
+
+
+def test_a_list_that_cannot_be_written_does_not_hide_the_names(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(BadInput, match=r"again\.\n  1.png: .*\n  2.png: .*$"):
+        open_store(tmp_path, files_dataset(0, train=pictures(0, 4, {1: b"", 2: b""}), validation=pictures(4, 1),
+                                           test=pictures(5, 1)))
+
+
+def test_only_some_splits_can_be_decoded(tmp_path):
+    splits = decode_splits(files_dataset(0, test=pictures(0, 3)), cache_dir=tmp_path, say=lambda _: None, **SETTINGS)
+    assert list(splits) == ["test"] and np.array_equal(splits["test"].frames.read([2])[0], frame(2))
+
+
+# Stopping, full disks, other processes
 
 def test_progress_counts_and_can_stop_the_build(tmp_path):
     seen = []

@@ -124,3 +124,17 @@ def test_a_model_that_cannot_be_compiled_computes_the_same_and_a_line_says_why(m
     assert len(called) == 1
     assert capsys.readouterr().out == ("goes on uncompiled: torch.compile fails on this model "
                                        "(LoweringException: no such kernel)\n")
+
+
+@pytest.mark.parametrize("quota, variable, threads", [(1.0, None, 1), (1.0, "4", 4), (None, None, 4), (8.0, None, 4)])
+def test_threads_are_lowered_to_a_quota_that_the_user_did_not_override(monkeypatch, quota, variable, threads):
+    before = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    monkeypatch.setattr(runtime, "cpu_quota", lambda: quota)
+    monkeypatch.setattr(runtime, "usable_cores", lambda: int(quota or 8))
+    torch.set_num_threads(4)
+    runtime.limit_threads()
+    assert torch.get_num_threads() == threads
+    torch.set_num_threads(before)
