@@ -133,6 +133,7 @@ from torch import Tensor, nn
 
 from kd import losses, models
 from kd.batches import Batch, count_batches, load_batches
+from kd.data.duplicates import duplicates
 from kd.data.frames import Data, decode
 from kd.data.samples import Dataset, Reading
 from kd.data.sources import open_dataset
@@ -358,7 +359,8 @@ def main(cfg: Config) -> dict[str, Any]:
     views = Views(cfg.seed, cfg.size, AUGMENTATIONS[cfg.augment], cfg.views)
     loss_name = choose_loss(data, views, cfg.kd_weight, cfg, machine)[1]
     run.computes_with(f"{machine.line}, loss {loss_name}")    # other kernels round differently
-    print(headline(dataset.name, data, teacher_model, student, loss_name, cfg, machine))
+    print(headline(dataset.name, data, teacher_model, student, loss_name, cfg, machine),
+          *duplicates(data), sep="\n")                        # equal pictures in two splits
 
     # ---- 2. The teacher is fine-tuned, by the same loop, on fresh views. --------------------------
     if cfg.teacher_epochs:
