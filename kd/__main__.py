@@ -1,9 +1,12 @@
 """Everything that is not training: `python -m kd COMMAND`, and `python -m kd COMMAND --help`."""
 
+import errno
 import importlib
+import os
+import signal
 import sys
 
-from kd import BadInput, TrainingFault, cli
+from kd import DISK_FULL, BadInput, TrainingFault, cli
 
 COMMANDS = {
     "predict": "what a saved model sees in photographs",
@@ -33,5 +36,27 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def run(argv: list[str]) -> int:
+    """`main`, also where stdout does not take everything. Returns the exit status."""
+    try:
+        try:
+            return main(argv)
+        finally:
+            sys.stdout.flush()      # here, where a failure can be told; Python itself would flush only at the very end
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, *DISK_FULL):
+            raise
+        # What stdout still holds would fail once more when Python ends, with a message of its own.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno == errno.EPIPE:
+            # The reader has seen enough, as `head` does. A shell shows 141 for cat or grep that end in this way, since
+            # they die of SIGPIPE, and scripts with `set -o pipefail` know that status.
+            return 128 + signal.SIGPIPE
+        cli.fail(f"stdout cannot be written ({error.strerror})", TrainingFault.status, "kd")
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.stdout.reconfigure(errors="backslashreplace")   # type: ignore[union-attr]  # é as \xe9 on an ASCII terminal
+    sys.exit(run(sys.argv[1:]))

@@ -36,16 +36,24 @@ def predict(model: nn.Module, frames: Readable, prep: models.Preprocessing, size
     total, ranks = len(frames), distributed.world_size()
     mine = np.arange(distributed.rank(), total, ranks)
     rows: list[Tensor] = []
-    with console.progress(len(mine), label) as bar, runtime.autocast():
+    with console.progress(len(mine), label) as bar, runtime.autocast():     # around all, so that it casts weights once
         for start in range(0, -(-total // ranks), BATCH):
             stop()  # may ask all ranks, so each calls it equally often, also one that has no rows left
             if start >= len(mine):
                 break
             some = frames.read(mine[start:start + BATCH])
-            pixels = torch.from_numpy(center_crop(some, size)).to(runtime.device).permute(0, 3, 1, 2)
-            rows.append(model(models.normalize(pixels, prep)).float())
+            rows.append(predict_batch(model, some, prep, size, runtime))
             bar.update(len(some))
 
     # The host waits for the device once a split. A rank may have no row of a small split.
     logits = torch.cat(rows).cpu().numpy() if rows else np.empty((0, 0), np.float32)
     return distributed.gather(logits, total)
+
+
+@torch.no_grad()
+def predict_batch(model: nn.Module, frames: np.ndarray, prep: models.Preprocessing, size: int,
+                  runtime: Runtime) -> Tensor:
+    """Logits `(B, C)` float32, on the device, of resized pictures, uint8 `(B, R, R, 3)`. The model is in eval mode."""
+    pixels = torch.from_numpy(center_crop(frames, size)).to(runtime.device).permute(0, 3, 1, 2)
+    with runtime.autocast():
+        return model(models.normalize(pixels, prep)).float()

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -42,8 +43,8 @@ def test_a_mistake_is_one_line_on_stderr_and_status_2(trained, tmp_path):
     student, text = f"{config.out}/student", tmp_path / "text.png"
     text.write_text("not a picture")
     mistakes = {
-        "evaluate": ([student, "--dataset", "leaves"], "--dataset leaves: its classes"),
-        "predict": ([student, str(text)], f"{text}: not an image"),
+        "evaluate": ([student, "--dataset", "nowhere/at/all"], "--dataset nowhere/at/all: no such folder"),
+        "predict": ([student, str(text)], f"{text}: a text file, not an image"),
         "export": ([student, "--dataset", config.dataset, "--to", "tflite"], "argument --to: invalid choice: 'tflite'"),
         "report": ([str(tmp_path)], f"{tmp_path}/result.json: No such file"),
         "page": ([str(tmp_path)], f"{tmp_path}/result.json: No such file"),
@@ -70,3 +71,16 @@ def test_the_module_runs_as_a_process(tmp_path):
                           text=True)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
     assert done.stderr.startswith("kd report: error: ") and "result.json: No such file" in done.stderr
+
+
+def test_a_full_disk_behind_stdout_is_one_line_and_status_1():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "kd", "--help"], cwd=ROOT, stdout=full, stderr=subprocess.PIPE,
+                              text=True)
+    assert (done.returncode, done.stderr) == (1, "kd: error: stdout cannot be written (No space left on device)\n")
+
+
+def test_letters_that_the_terminal_lacks_are_escaped():
+    done = subprocess.run([sys.executable, "-m", "kd", "report", "--help"], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONIOENCODING": "ascii:strict"})
+    assert done.returncode == 0 and done.stderr == "" and "means \\xb1 sample standard deviations" in done.stdout

@@ -6,10 +6,13 @@ from typing import Any, Iterable
 
 from torch import Tensor
 from tqdm import tqdm
+from tqdm.utils import disp_len, disp_trim
 
 from kd.scores import gain_lines
 
 GREEN = "32"  # of ECMA-48's "select graphic rendition"
+TABLE_CLASSES = 20  # of a confusion matrix on a terminal
+TABLE_COLUMNS = 40  # of a class name in it
 LOSS_EVERY = 20  # steps between two losses on the bar, since reading one waits for the device
 
 
@@ -63,10 +66,19 @@ def results_table(rows: dict[str, dict[str, Any]], paired: dict[str, Any] | None
 
 
 def confusion_table(confusion: list[list[int]], classes: Iterable[str]) -> str:
-    """The confusion matrix: a row is the true class, a column the predicted one."""
+    """The confusion matrix: a row is the true class, a column the predicted one.
+
+    A terminal has room for the first TABLE_CLASSES of them. A last line says how many are left out.
+    """
     names = list(classes)
-    width = max(len(name) for name in names)
+    shown = [disp_trim(name, TABLE_COLUMNS - 1) + "…" if disp_len(name) > TABLE_COLUMNS else name
+             for name in names[:TABLE_CLASSES]]
+    width = max(disp_len(name) for name in [*shown, "true class"])
     lines = [f"{'true class':{width}}  predicted as 1, 2, ..."]
-    for name, row in list(zip(names, confusion, strict=True))[:20]:
-        lines.append(f"{name:{width}}  " + " ".join(f"{count:5d}" for count in row[:20]))
+    for name, row in zip(shown, confusion[:TABLE_CLASSES], strict=True):
+        padding = " " * (width - disp_len(name))    # Chinese letters, for example, are two columns wide
+        lines.append(f"{name}{padding}  " + " ".join(f"{count:5d}" for count in row[:TABLE_CLASSES]))
+    if len(names) > TABLE_CLASSES:
+        lines.append(f"... and {len(names) - TABLE_CLASSES:,} more classes: the whole matrix is `confusion` in "
+                     "result.json, and in what python -m kd evaluate --json prints")
     return "\n".join(lines)

@@ -31,6 +31,10 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", default="", help="leaves, a Hub dataset id, or a folder, as for train.py "
                         "(default: that of the run which PATH lies in)")
     parser.add_argument("--split", choices=("train", "validation", "test"), default="test", help="default: test")
+    parser.add_argument("--config", metavar="NAME", help="its configuration, where it has several (default of this and "
+                        "of the next three: as in the run, if the data set is the run's)")
+    parser.add_argument("--image", metavar="COLUMN", help="its column of pictures, where that cannot be told")
+    parser.add_argument("--label", metavar="COLUMN", help="its column of labels, where that cannot be told")
+    parser.add_argument("--follow-links", action="store_true", default=None,
+                        help="follow links that lead out of its folder")
     parser.add_argument("--cache-dir", default=cli.CACHE_DIR, help="where decoded images are kept")
-    parser.add_argument("--seed", type=int, default=0,
-                        help="that of the run, which decides the splits that a data set lacks (default: 0)")

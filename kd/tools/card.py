@@ -6,7 +6,9 @@ from typing import Any, Mapping, NamedTuple
 import timm
 from huggingface_hub import EvalResult, ModelCardData
 
+from kd.cli import base_name
 from kd.data.sources import hub_id
+from kd.models import timm_name
 
 DESCRIPTIONS = {
     "teacher": "the teacher of a distillation: it learned from the labels only",
@@ -79,16 +81,20 @@ with `--dataset` naming the same data. `config.json` of the run has every settin
 
 ```python
 import timm, torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 model = timm.create_model("hf-hub:{repository}", pretrained=True).eval()  # or "local-dir:FOLDER"
-transform = timm.data.create_transform(**timm.data.resolve_data_config({{}}, model=model))
+transform = timm.data.create_transform(**timm.data.resolve_data_config({{"crop_mode": "center"}}, model=model))
+image = ImageOps.exif_transpose(Image.open("photo.jpg"))  # upright, as the camera was held
+if image.has_transparency_data:  # over white
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
 with torch.no_grad():
-    probabilities = model(transform(Image.open("photo.jpg").convert("RGB"))[None]).softmax(1)[0]
+    probabilities = model(transform(image.convert("RGB"))[None]).softmax(1)[0]
 print(dict(zip(model.pretrained_cfg["label_names"], probabilities.tolist())))
 ```
 
-The transform resizes the shorter side, cuts the central {size} × {size} pixels and normalises them, as training did.
+A picture is turned upright, and its transparent parts become white. The transform then resizes the shorter side, cuts
+the central {size} × {size} pixels and normalises them. Training did the same.
 Mean, std, interpolation, the share of the picture that is used and the labels are in `config.json`.
 
 ## Limits
@@ -101,8 +107,8 @@ The licence of the pictures, and of weights that the teacher started from, may a
 
 
 def _model_of(role: str, settings: Mapping[str, Any]) -> str:
-    """timm's name of the model in this role. The control is a student."""
-    return settings["teacher" if role == "teacher" else "student"]
+    """timm's name of the model in this role. The control is a student. Of a folder only the last part is named."""
+    return base_name(settings["teacher" if role == "teacher" else "student"])
 
 
 def _title(dataset: str) -> str:
@@ -114,13 +120,14 @@ def _recipe(role: str, settings: Mapping[str, Any], best_epoch: int) -> str:
     """What was trained, as a Markdown list. best_epoch: of a training that is not over, else 0."""
     pretrained = settings["teacher_weights"] == "imagenet"
     start = "from" if pretrained else "not from"
+    whose = "its" if ":" in timm_name(settings["teacher"]) else "timm's"    # of a repository or folder
     tuning = (f"fine-tuned for {settings['teacher_epochs']} epochs" if settings["teacher_epochs"] else
               "used as loaded")
     control = "; the control's λ is 0" if role == "control" else ""
     best = f" (epoch {best_epoch} so far)" if best_epoch else ""
     return "\n".join([
-        f"- teacher `{settings['teacher']}`, {start} timm's pretrained weights, {tuning}",
-        f"- student `{settings['student']}`, from random weights, {settings['epochs']} epochs at "
+        f"- teacher `{_model_of('teacher', settings)}`, {start} {whose} pretrained weights, {tuning}",
+        f"- student `{_model_of('student', settings)}`, from random weights, {settings['epochs']} epochs at "
         f"{settings['size']} px, seed {settings['seed']}",
         f"- loss (1 - λ)·CE + λ·T²·KL(teacher‖student), T = {settings['temperature']:g}, "
         f"λ = {settings['kd_weight']:g}{control}",
@@ -151,8 +158,11 @@ def _metadata(role: str, settings: Mapping[str, Any], scores: Scores | None, spl
     relation = None
     distilled = role == "student" and settings["kd_weight"]
     if settings["teacher_weights"] == "imagenet" and (role == "teacher" or distilled):
-        weights = timm.get_pretrained_cfg(settings["teacher"])
-        base = getattr(weights, "hf_hub_id", None)  # such as timm/resnet50.a1_in1k
+        source, place = timm.models.parse_model_name(timm_name(settings["teacher"]))
+        if source == "hf-hub":
+            base = place.split("@")[0]      # without the revision
+        elif not source:
+            base = getattr(timm.get_pretrained_cfg(place), "hf_hub_id", None)   # such as timm/resnet50.a1_in1k
         relation = "finetune" if base and role == "teacher" and settings["teacher_epochs"] else None
 
     return ModelCardData(

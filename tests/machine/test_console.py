@@ -53,6 +53,30 @@ def test_the_table_states_counts_gain_and_headroom():
     assert console.results_table(rows, None).splitlines() == [lines[0], lines[1], lines[3]]
 
 
+def test_the_confusion_matrix_of_few_classes_is_whole():
+    assert console.confusion_table([[3, 0], [1, 12]], ["cat", "large dog"]).splitlines() == [
+        "true class  predicted as 1, 2, ...",
+        "cat             3     0",
+        "large dog       1    12"]
+
+
+def test_the_confusion_matrix_of_many_classes_says_how_many_are_left_out_and_where_they_are():
+    confusion = [[10 * (row == column) for column in range(23)] for row in range(23)]
+    lines = console.confusion_table(confusion, [f"class {number}" for number in range(23)]).splitlines()
+    assert len(lines) == 22 and lines[20].split() == ["class", "19", *["0"] * 19, "10"]
+    assert lines[21].startswith("... and 3 more classes: ")
+    assert "result.json" in lines[21] and "evaluate --json" in lines[21]
+    assert "more classes" not in console.confusion_table([[1] * 20] * 20, list("abcdefghijklmnopqrst"))
+
+
+def test_the_confusion_matrix_stays_aligned_under_long_and_wide_names():
+    lines = console.confusion_table([[1, 2, 3]] * 3, ["x" * 300, "猫" * 30, "dog"]).splitlines()
+    counts = "      1     2     3"
+    assert lines[1] == "x" * 39 + "…" + counts
+    assert lines[2] == "猫" * 19 + "… " + counts      # each of these letters is two columns wide
+    assert lines[3] == "dog" + " " * 37 + counts
+
+
 def test_a_quiet_run_prints_its_result_and_nothing_else(tiny, tmp_path, capfd):
     quiet = dataclasses.replace(tiny, quiet=True)
     assert processes.run(command_line(quiet), tmp_path / "stdout", tmp_path / "stderr") == 0

@@ -4,12 +4,16 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
+import timm
 import yaml
 from huggingface_hub import ModelCard
+from PIL import Image
 
 import train
 from kd import cli
-from kd.tools import card
+from kd.tools import card, predict
 
 ROW = {"test_accuracy": 0.75, "test_correct": 96, "test_total": 128, "test_macro_f1": 0.7421}
 ROWS = {"teacher": {**ROW, "test_accuracy": 0.96875, "test_correct": 124}, "control": ROW,
@@ -30,6 +34,53 @@ def parsed(text: str) -> Any:
             assert all(isinstance(metric["value"], float) for metric in result["metrics"])
     assert meta.get("base_model_relation") in (None, "adapter", "finetune", "merge", "quantized")
     return parsed_card
+
+
+def odd_pictures(folder: Path) -> dict[str, Path]:
+    """A photograph that was taken upright, a PNG with transparent parts, and a palette with a transparent colour."""
+    generator = np.random.default_rng(0)
+    pixels = np.kron(generator.integers(0, 256, (6, 9, 3)), np.ones((9, 9, 1))).astype(np.uint8)     # 81 x 54
+    exif = Image.Exif()
+    exif[0x0112] = 6    # the orientation: to be turned by 90 degrees
+    paths = {name: folder / name for name in ("portrait.jpg", "alpha.png", "palette.png")}
+    Image.fromarray(pixels).save(paths["portrait.jpg"], exif=exif, quality=95)
+    alpha = np.linspace(0, 255, 81).astype(np.uint8)[None, :, None].repeat(54, 0)
+    Image.fromarray(np.concatenate([pixels // 4, alpha], 2)).save(paths["alpha.png"])
+    palette = Image.fromarray(pixels // 4).quantize(4)
+    palette.save(paths["palette.png"], transparency=int(np.asarray(palette)[27, 40]))
+    return paths
+
+
+def test_the_code_of_the_card_gives_the_probabilities_of_kd_predict(trained, tmp_path):
+    """Also for pictures that have to be turned or to be laid over white. The code runs as it stands in README.md."""
+    config, _ = trained
+    folder = f"{config.out}/student"
+    code = (Path(folder) / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    code = code.replace("hf-hub:OWNER/NAME", f"local-dir:{folder}").removesuffix("\n")
+    assert code.count("local-dir:") == 2 and code.count('"photo.jpg"') == 1
+    pictures = odd_pictures(tmp_path)
+    given = predict.main([folder, *map(str, pictures.values()), "--json", "--device", "cpu", "--amp", "off"])
+    for path, row in zip(pictures.values(), given, strict=True):
+        scope: dict[str, Any] = {}
+        exec(code.replace('"photo.jpg"', repr(str(path))), scope)
+        expected = {entry["class"]: entry["probability"] for entry in row["top"]}
+        found = dict(zip(scope["model"].pretrained_cfg["label_names"], scope["probabilities"].tolist(), strict=True))
+        assert found == pytest.approx(expected, rel=1e-4), path.name
+
+        # the pictures are odd enough: without the two steps the answer would be another
+        plain = scope["transform"](Image.open(path).convert("RGB"))
+        right = scope["transform"](scope["image"].convert("RGB"))
+        assert (plain - right).abs().max() > 0.1, path.name
+
+
+def test_the_card_s_crop_is_central_also_where_timm_would_squash(trained, tmp_path):
+    config, _ = trained
+    code = (Path(config.out) / "student" / "README.md").read_text().split("```python\n")[1]
+    line = next(line for line in code.splitlines() if line.startswith("transform = "))
+    scope: dict[str, Any] = {"timm": timm, "model": timm.create_model("test_resnet", pretrained_cfg_overlay={
+        "crop_mode": "squash"})}
+    exec(line, scope)
+    assert "CenterCrop" in str(scope["transform"]) and "Resize(size=[" not in str(scope["transform"])
 
 
 def test_the_card_of_each_role_says_what_it_is_and_what_it_comes_from():
@@ -55,6 +106,19 @@ def test_the_card_of_each_role_says_what_it_is_and_what_it_comes_from():
     assert control.data.base_model is None and control.data.eval_results[0].metric_value == 0.75
     local_weights = dataclasses.replace(config, teacher_weights="weights/x.safetensors")
     assert parsed(train.model_card(local_weights, "student", ROWS)).data.base_model is None
+
+
+def test_the_card_knows_every_way_to_name_a_teacher():
+    for name, base, text in (
+            ("timm/resnet50.a1_in1k", "timm/resnet50.a1_in1k", "`timm/resnet50.a1_in1k`, from timm's pretrained"),
+            ("hf-hub:timm/resnet50.a1_in1k", "timm/resnet50.a1_in1k", "from timm's pretrained weights"),
+            ("hf-hub:someone/insects@main", "someone/insects", "teacher `hf-hub:someone/insects@main`, from its"),
+            ("local-dir:/home/me/insects", None, "teacher `local-dir:insects`, from its pretrained weights")):
+        config = train.Config(recipe="tutorial", teacher=name)
+        for role in ("teacher", "student"):
+            written = parsed(train.model_card(config, role, ROWS))
+            assert written.data.base_model == base and text in written.content and "/home" not in written.content
+        assert "--teacher " + name.replace("/home/me/", "") in written.content
 
 
 def test_the_card_of_data_on_this_machine_names_no_path_and_no_stranger(tmp_path):

@@ -102,6 +102,9 @@ def test_the_onnx_graph_takes_bare_pixels_of_any_batch(exported):
     assert json.loads(metadata["labels"]) == ["blob", "plain", "stripes"]
     assert (metadata["architecture"], metadata["size"], metadata["resize"], metadata["interpolation"]) == (
         "test_efficientnet", "64", "71", "bilinear")
+    assert metadata["input"] == (
+        "RGB, upright (EXIF orientation applied), transparent parts over white, the shorter side resized to 71 pixels "
+        "(bilinear), then the central 64 x 64 pixels")
     assert [entry.name for entry in proto.graph.input] == ["pixels"]
     assert proto.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8
     assert sorted(path.name for path in exported.folder.iterdir()) == ["cache", "student", "student.onnx"]
@@ -134,6 +137,7 @@ def test_real_photographs_get_the_same_answers(beans, tmp_path, monkeypatch):
 
     reuse(monkeypatch, tmp_path / "student.onnx")
     small = export.main([*arguments, "--int8"])
+    assert small["settings"] in export.INT8_SETTINGS
     assert small["file"] == str(tmp_path / "student-int8.onnx") and small["bytes"] < 0.4 * result["bytes"]
     assert small["agree"] > 100 and small["max_difference"] > result["max_difference"]
     assert small["pytorch_correct"] == result["correct"]
@@ -143,25 +147,110 @@ def test_real_photographs_get_the_same_answers(beans, tmp_path, monkeypatch):
     assert {entry.key for entry in onnx.load(small["file"]).metadata_props} >= {"labels", "size", "resize"}
 
 
-def test_calibration_sees_only_train(saved, exported, photos, tmp_path, monkeypatch):
+def test_int8_is_calibrated_and_chosen_on_train_alone(saved, exported, photos, tmp_path, monkeypatch):
+    """The split that it is checked on is read only once the settings are chosen."""
     data = decode(open_dataset(str(photos)), size=SIZE, crop_pct=0.9, interpolation="bilinear",
                   cache_dir=tmp_path / "cache")
     read: list[tuple[str, int]] = []
-    read_pixels = export.read_pixels
+    read_pixels, quantize = export.read_pixels, export.quantize
 
     def watched(split, samples, size):
         read.extend((split.frames.digest, int(sample)) for sample in samples)
         return read_pixels(split, samples, size)
 
-    def stop(*_):
+    def quantize_and_stop(*arguments):
+        quantize(*arguments)
         raise TrainingFault("far enough")
 
     reuse(monkeypatch, exported.folder / "student.onnx")
     monkeypatch.setattr(export, "read_pixels", watched)
-    monkeypatch.setattr(export, "compare", stop)
+    monkeypatch.setattr(export, "quantize", quantize_and_stop)
     with pytest.raises(TrainingFault, match="far enough"):
         export.main([*saved, "--to", "onnx", "--int8"])
-    assert read == [(data.train.frames.digest, sample) for sample in range(42)]
+    assert set(read) == {(data.train.frames.digest, sample) for sample in range(42)}
+
+
+class ColoursBesideDeadChannels(torch.nn.Module):
+    """Which of red, green and blue is strongest, of a graph with channels that have a bias and almost no weight.
+
+    BatchNorm leaves such channels in MobileNetV3. What they hold is a constant, here 1, which the head takes off again.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = torch.nn.Conv2d(3, 6, 1), torch.nn.Linear(6, 3)
+        with torch.no_grad():
+            self.conv.weight.copy_(torch.eye(6, 3)[:, :, None, None] + 1e-12)
+            self.conv.bias.copy_(torch.tensor([2., 2., 2., 1., 1., 1.]))  # type: ignore[union-attr]
+            self.head.weight.copy_(torch.cat([torch.eye(3), 3 * torch.tensor([[1.], [0.], [0.]]).expand(3, 3)], 1))
+            self.head.bias.copy_(torch.tensor([-9., 0., 0.]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.conv(x)).mean((2, 3)))
+
+
+def test_int8_takes_the_settings_that_suit_the_network(photos, tmp_path):
+    data = decode(open_dataset(str(photos)), size=SIZE, crop_pct=0.9, interpolation="bilinear",
+                  cache_dir=tmp_path / "cache")
+    module = export.FromPixels(ColoursBesideDeadChannels(), PREP).eval()
+    export.write_onnx(module, SIZE, {"labels": "[]"}, tmp_path / "colours.onnx")
+    pytorch, everything = export.torch_logits(module), np.arange(42)
+    pixels = export.read_pixels(data.train, everything, SIZE)
+    assert len(set(pytorch(pixels).argmax(1).tolist())) == 3
+
+    logits, settings = export.quantize(tmp_path / "colours.onnx", pytorch, data.train, SIZE, tmp_path / "int8.onnx")
+    first, *others = export.INT8_SETTINGS
+    assert settings in others
+    assert (logits(pixels).argmax(1) == pytorch(pixels).argmax(1)).sum() >= 38
+    # the first settings lose the constant, and with it one of the three answers
+    export.quantize_once(tmp_path / "prepared.onnx", data.train, everything, SIZE, first, tmp_path / "first.onnx")
+    assert 0 not in run(tmp_path / "first.onnx", pixels).argmax(1)
+
+
+def counts(total: int, only_pytorch_correct: int, only_correct: int) -> dict:
+    """A comparison in which both are right on half of the pictures, and one of them on these."""
+    return {"total": total, "agree": total - only_pytorch_correct - only_correct, "split": "test", "settings": "s",
+            "correct": total // 2 + only_correct, "pytorch_correct": total // 2 + only_pytorch_correct,
+            "only_correct": only_correct, "only_pytorch_correct": only_pytorch_correct, "max_difference": 0.5,
+            "largest_logit": 1.0}
+
+
+@pytest.mark.parametrize("total, only_pytorch_correct, only_correct, refused", [
+    (12, 6, 0, True),           # half of all; p = 0.031
+    (12, 5, 0, False),          # p = 0.0625: five pictures may be chance
+    (128, 6, 0, True),          # 4.7 points, p = 0.031
+    (128, 16, 10, False),       # the same loss, but p = 0.33
+    (5000, 80, 0, False),       # 1.6 points, not by chance: small
+    (5000, 120, 10, True),      # 2.2 points
+    (5000, 10, 120, False)])    # a gain
+def test_int8_is_refused_for_a_loss_of_two_points_that_is_not_chance(total, only_pytorch_correct, only_correct,
+                                                                     refused):
+    result = counts(total, only_pytorch_correct, only_correct)
+    with pytest.raises(TrainingFault, match="--force keeps it") if refused else contextlib.nullcontext():
+        export.refuse_inaccurate(result, Path("student.onnx"))
+
+
+def test_a_refused_int8_file_is_not_written_unless_forced(saved, exported, tmp_path, monkeypatch, capsys):
+    reuse(monkeypatch, exported.folder / "student.onnx")
+
+    def quantize(file, pytorch, split, size, out):
+        shutil.copy(file, out)
+        return export.onnx_logits(out), "some settings"
+
+    monkeypatch.setattr(export, "quantize", quantize)
+    monkeypatch.setattr(export, "compare", lambda *_: counts(128, 12, 2) | {"settings": "some settings"})
+    with pytest.raises(TrainingFault) as caught:
+        export.main([*saved, "--to", "onnx", "--int8"])
+    assert str(caught.value) == ("--int8: 51.6 % of test where PyTorch has 59.4 % (some settings); "
+                                 f"{tmp_path}/student-int8.onnx was not written, --force keeps it")
+    assert caught.value.status == 1 and not (tmp_path / "student-int8.onnx").exists()
+
+    export.main([*saved, "--to", "onnx", "--int8", "--force"])
+    assert (tmp_path / "student-int8.onnx").exists()
+    assert "\nint8: some settings; exact McNemar p of the loss = 0.013\n" in capsys.readouterr().out
+    monkeypatch.setattr(export, "compare", lambda *_: counts(128, 16, 10) | {"settings": "some settings"})
+    export.main([*saved, "--to", "onnx", "--int8"])
+    assert "p of the loss = 0.33: within chance on so few pictures\n" in capsys.readouterr().out
 
 
 def test_an_export_that_differs_is_refused_and_leaves_nothing(saved, exported, tmp_path, monkeypatch):
@@ -181,10 +270,12 @@ def test_bad_input_is_one_line(saved, tmp_path, monkeypatch):
     folder.mkdir()
     for arguments, message in (
             ([str(tmp_path / "none"), *saved[1:], "--to", "onnx"], "no saved model"),
-            ([saved[0], "--dataset", "leaves", *saved[3:], "--to", "onnx"], "its classes"),
+            ([saved[0], "--dataset", "leaves", *saved[3:], "--to", "onnx"], "which the model does not know"),
             ([*saved, "--to", "tflite"], "--to"),
             ([*saved], "--to"),
             ([*saved, "--to", "torch-export", "--int8"], "--int8: only with --to onnx"),
+            ([*saved, "--to", "onnx", "--force"], "--force: only with --int8"),
+            ([*saved, "--to", "onnx", "--out", "/dev/null"], "is a device or a pipe"),
             ([*saved, "--to", "onnx", "--int8", "--split", "train"], "--split train would flatter"),
             ([*saved, "--to", "onnx", "--out", str(tmp_path / "no" / "x.onnx")], "cannot be written"),
             ([*saved, "--to", "onnx", "--out", str(folder)], "is a folder")):
