@@ -149,7 +149,7 @@ def command(config: Any, recipes: Recipes, skip: set[str]) -> str:
 def base_name(value: str) -> str:
     """The last part of what is clearly a path. `owner/name`, as the Hub's ids look, stays as it is."""
     if value.startswith("local-dir:"):      # timm's prefix for a folder
-        return "local-dir:" + Path(value).name
+        return "local-dir:" + Path(value.removeprefix("local-dir:")).name
     return Path(value).name if value.startswith(("/", "~", ".")) or value.count("/") > 1 else value
 
 

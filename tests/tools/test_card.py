@@ -113,6 +113,7 @@ def test_the_card_knows_every_way_to_name_a_teacher():
             ("timm/resnet50.a1_in1k", "timm/resnet50.a1_in1k", "`timm/resnet50.a1_in1k`, from timm's pretrained"),
             ("hf-hub:timm/resnet50.a1_in1k", "timm/resnet50.a1_in1k", "from timm's pretrained weights"),
             ("hf-hub:someone/insects@main", "someone/insects", "teacher `hf-hub:someone/insects@main`, from its"),
+            ("local-dir:insects", None, "teacher `local-dir:insects`, from its pretrained weights"),
             ("local-dir:/home/me/insects", None, "teacher `local-dir:insects`, from its pretrained weights")):
         config = train.Config(recipe="tutorial", teacher=name)
         for role in ("teacher", "student"):
