@@ -76,8 +76,9 @@ def _shared(splits: dict[str, Split], groups: list[list[Picture]], first: str, s
     other_label = sum(any(equal.label != picture.label for equal in equals) for picture, equals in pairs)
     examples = "; ".join(f"{splits[second].frames.name_of(picture.number)} = "
                          f"{splits[first].frames.name_of(equals[0].number)}" for picture, equals in pairs[:2])
-    return (f"{len(pairs):,} of {len(splits[second]):,} pictures of {second} are in {first} as well, "
-            f"{other_label:,} of them with another label ({examples})")
+    contradicted = f", {other_label:,} of them with another label" if other_label else ""
+    return (f"{len(pairs):,} of {len(splits[second]):,} pictures of {second} are in {first} as well{contradicted} "
+            f"({examples})")
 
 
 def _contradictions(train: Split, groups: list[list[Picture]]) -> str:

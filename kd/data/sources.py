@@ -84,13 +84,7 @@ def _open(name: str, reading: Reading, say: Say) -> Dataset:
             return _open_from_hub(name, reading, say)
         if not folder.is_dir():
             raise BadInput(f"--dataset {name} is a file; give the folder that holds the dataset")
-        try:
-            return _open_folder(name, folder, reading, say)
-        except BadInput as error:
-            if Path(name).name != name:     # a path, and nobody takes it for a Hub id
-                raise
-            raise BadInput(f"{error} (this is the folder {folder.resolve()}; it hides any dataset of the Hub that has "
-                           "its name)") from error
+        return _open_folder(name, folder, reading, say)
 
 
 @contextmanager
@@ -145,9 +139,11 @@ def _open_folder(name: str, root: Path, reading: Reading, say: Say) -> Dataset:
         return open_image_folder(root, layout, reading.follow_links, say)
     if layout:
         raise BadInput(f"--dataset {name} has class folders and no tables; leave out --config, --image and --label")
+    # A name without a slash may have been meant for the Hub's dataset.
+    hidden = f"; this is the folder {root.resolve()}, which hides any dataset of the Hub that has its name"
     raise BadInput(f"--dataset {name}: no images in a layout that can be read (found: {_found(root)}); it needs "
                    "train/CLASS/ or CLASS/ folders of pictures, or pictures with a metadata.csv, or Parquet files as "
-                   "on the Hub")
+                   f"on the Hub{hidden if Path(name).name == name else ''}")
 
 
 def _found(root: Path) -> str:

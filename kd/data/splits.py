@@ -36,8 +36,8 @@ def with_three_splits(dataset: Dataset, say: Say) -> Dataset:
     carved = tuple(split for split in ("test", "validation") if split not in splits)
     for split in carved:
         splits["train"], splits[split] = _carve(name, splits["train"], split)
-        say(f"{name}: no {split} split; {len(splits[split]):,} images carved from train ({CARVED:.0%} of each class, "
-            "the same ones for every --seed)")
+        say(f"{name}: no {split} split; {len(splits[split]):,} images carved from train ({100 * CARVED:.0f} % of each "
+            "class, the same ones for every --seed)")
     return replace(dataset, splits={split: splits[split] for split in SPLITS}, carved=carved)
 
 

@@ -240,4 +240,4 @@ def test_a_folder_in_no_layout_is_described(tmp_path):
 def test_a_folder_that_hides_a_dataset_of_the_hub_is_named(tmp_path, monkeypatch):
     (tmp_path / "beans").mkdir()
     monkeypatch.chdir(tmp_path)
-    refused("beans", f"this is the folder {tmp_path}/beans; it hides any dataset of the Hub that has its name")
+    refused("beans", f"this is the folder {tmp_path}/beans, which hides any dataset of the Hub that has its name")
