@@ -108,8 +108,9 @@ def write_torch_export(module: FromPixels, size: int, metadata: dict[str, str], 
 def write_safetensors(module: FromPixels, size: int, metadata: dict[str, str], file: Path) -> Logits:
     """The weights, and mean and std in the metadata."""
     weights = {name: value.contiguous() for name, value in module.model.state_dict().items()}
-    safetensors.torch.save_file(weights, file, metadata={
-        "format": "pt", **metadata, "mean": json.dumps(module.prep.mean), "std": json.dumps(module.prep.std)})
+    # not save_file, whose files only their owner may read
+    file.write_bytes(safetensors.torch.save(weights, metadata={
+        "format": "pt", **metadata, "mean": json.dumps(module.prep.mean), "std": json.dumps(module.prep.std)}))
     model = copy.deepcopy(module.model)
     model.load_state_dict(safetensors.torch.load_file(file))
     return torch_logits(FromPixels(model, module.prep).eval())

@@ -119,6 +119,8 @@ def test_torch_export_and_safetensors_are_the_model_to_the_bit(saved, tmp_path, 
     assert json.loads(json.loads(extra["about.json"])["labels"]) == ["blob", "plain", "stripes"]
     result = export.main([*saved, "--to", "safetensors", "--out", str(tmp_path / "weights.safetensors")])
     assert result["agree"] == 12 and result["max_difference"] < 1e-6
+    (tmp_path / "any").write_text("a file as the user's umask makes it")
+    assert (tmp_path / "weights.safetensors").stat().st_mode == (tmp_path / "any").stat().st_mode
     with safetensors.safe_open(tmp_path / "weights.safetensors", "pt") as file:
         assert json.loads(file.metadata()["mean"]) == list(PREP.mean)
         assert json.loads(file.metadata()["std"]) == list(PREP.std)

@@ -85,7 +85,7 @@ def test_every_visible_file_of_a_folder_is_predicted_and_the_bad_ones_are_named_
     alone = tool.main([student, str(picture), "--json"])
     good = fill(tmp_path / "folder", picture)
     capsys.readouterr()
-    with pytest.raises(BadInput, match="^6 files or folders could not be predicted, named above; 6 pictures could$"):
+    with pytest.raises(BadInput, match="^6 files or folders could not be predicted, named above; pictures predicted: 6$"):
         tool.main([student, str(tmp_path / "folder"), str(tmp_path / "typo.jpg"), "--json"])
 
     printed = capsys.readouterr()
@@ -106,7 +106,7 @@ def test_twenty_bad_files_are_named_and_all_are_counted(trained, tmp_path, capsy
     config, _ = trained
     for number in range(23):
         (tmp_path / f"{number:02}.jpg").write_bytes(b"")
-    with pytest.raises(BadInput, match="^23 files .* of which the first 20 are named above; 0 pictures could$"):
+    with pytest.raises(BadInput, match="^23 files .* of which the first 20 are named above; pictures predicted: 0$"):
         tool.main([f"{config.out}/student", str(tmp_path)])
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(": ")[0] for line in lines] == [str(tmp_path / f"{number:02}.jpg") for number in range(20)]
