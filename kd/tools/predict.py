@@ -102,7 +102,8 @@ def raise_if_any(faults: list[str], total: int) -> None:
     if faults:
         print("\n".join(faults[:MOST_FAULTS]), file=sys.stderr)
         named = "named above" if len(faults) <= MOST_FAULTS else f"of which the first {MOST_FAULTS} are named above"
-        raise BadInput(f"{len(faults):,} files or folders could not be predicted, {named}; pictures predicted: {total:,}")
+        raise BadInput(f"{len(faults):,} files or folders could not be predicted, {named}; "
+                       f"pictures predicted: {total:,}")
 
 
 def main(argv: list[str]) -> list[dict[str, Any]]:

@@ -85,7 +85,7 @@ def test_every_visible_file_of_a_folder_is_predicted_and_the_bad_ones_are_named_
     alone = tool.main([student, str(picture), "--json"])
     good = fill(tmp_path / "folder", picture)
     capsys.readouterr()
-    with pytest.raises(BadInput, match="^6 files or folders could not be predicted, named above; pictures predicted: 6$"):
+    with pytest.raises(BadInput, match="^6 files or .*, named above; pictures predicted: 6$"):
         tool.main([student, str(tmp_path / "folder"), str(tmp_path / "typo.jpg"), "--json"])
 
     printed = capsys.readouterr()
