@@ -102,7 +102,9 @@ def check(flag: str, name: str, weights: str = "none") -> None:
         similar = difflib.get_close_matches(place.split(".")[0], timm.list_models(), n=3, cutoff=0.5)
         raise BadInput(f"--{flag} {name}: timm has no model of that name"
                        + (f"; did you mean {' or '.join(similar)}?" if similar else ""))
-    if weights not in ("none", "imagenet"):
+    if weights == "imagenet" and source == "local-dir":
+        pretrained.path_of(flag, place)
+    elif weights not in ("none", "imagenet"):
         pretrained.path_of(flag, weights)
 
 
@@ -182,36 +184,33 @@ def _size_argument(name: str, size: int | None) -> dict[str, Any]:
     """timm's argument for an architecture that is built for one size, such as most ViTs; {} for others."""
     if size is None:
         return {}
-    arguments = timm.models.resolve_model_input_args(name, {"img_size": size})
-    if "img_size" not in arguments:
-        return {}
     with torch.device("meta"):      # takes no memory and no random numbers
         model = timm.create_model(name)
         built = timm.models.get_model_input_config(model)
         if not built["fixed_input_size"] or tuple(built["input_size"][1:]) == (size, size):
             return {}
         try:
-            model = timm.create_model(name, img_size=arguments["img_size"])
+            model = timm.create_model(name, img_size=(size, size))
         except Exception as error:  # assertions mostly, but each architecture has its own way
             raise _wrong_size(model, size, error) from error
     for patches in model.modules():
         # timm would leave out the right and lower edge of the picture without a word.
         if isinstance(patches, PatchEmbed) and any(size % side for side in patches.patch_size):
             raise _wrong_size(model, size, ValueError(f"no multiple of its patches' {patches.patch_size[0]} pixels"))
-    return {"img_size": arguments["img_size"]}
+    return {"img_size": (size, size)}
 
 
 def _not_created(flag: str, name: str, with_weights: bool, online: bool, error: Exception) -> BadInput:
-    part = f"--{flag}-weights imagenet" if with_weights else f"--{flag} {name}"
+    part = f"--{flag}-weights imagenet" if with_weights else f"--{flag}"
+    if isinstance(error, KeyError):
+        return BadInput(f"{part}: {name}: its config.json has no {error}, so timm did not write it; give another model")
     if not online and with_weights:
         return BadInput(f"{part}: the Hub cannot be reached and the weights of {name} are not in its cache; give a "
                         f".safetensors file or a saved folder, or run offline: python train.py --recipe demo")
     if not online:
-        return BadInput(f"{part}: the Hub cannot be reached and config.json of that repository is not in its cache; "
-                        f"give a model of timm's, or local-dir:FOLDER")
-    if isinstance(error, KeyError):
-        return BadInput(f"{part}: its config.json has no {error}, so timm did not write it; give another model")
-    return BadInput(f"{part}: {one_line(error)}" if not with_weights else f"{part}: {name}: {one_line(error)}")
+        return BadInput(f"{part}: the Hub cannot be reached and the config.json of {name} is not in its cache; give a "
+                        f"model of timm's, or local-dir:FOLDER")
+    return BadInput(f"{part}: {name}: {one_line(error)}")
 
 
 def _take_preprocessing(model: nn.Module, found: pretrained.Weights, say: Callable[[str], None]) -> None:
@@ -276,7 +275,8 @@ def save(model: nn.Module, folder: Path, classes: tuple[str, ...], prep: Preproc
                                    "mean": prep.mean, "std": prep.std, "interpolation": prep.interpolation}
     # safetensors takes contiguous tensors only, and channels_last ones are not.
     contiguous = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format)
-    declared(contiguous).pop("label_descriptions", None)   # of the classes of the weights it started from
+    for key in ("label_names", "label_descriptions"):
+        declared(contiguous).pop(key, None)     # those of the weights that the model started from
     try:
         timm.models.save_for_hf(contiguous, str(new), model_config={"label_names": list(classes)},
                                 safe_serialization=True, data_config=data_config)

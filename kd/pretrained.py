@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from kd import BadInput, one_line
 
-# What a saved folder calls its weights. The first that is there is taken.
-FILE_NAMES = (_hub.HF_SAFE_WEIGHTS_NAME, _hub.HF_WEIGHTS_NAME)
+# What timm calls the weights of a folder, model.safetensors first. The first that is there is taken.
+FILE_NAMES = _hub._PREFERRED_FILES
 
 
 class Weights(NamedTuple):
@@ -185,7 +185,7 @@ def _labels(config: Mapping[str, Any]) -> tuple[str, ...]:
     """The classes that a config.json declares, one a row of the head; () if it declares none."""
     names = config.get("label_names") or ()
     if isinstance(names, dict):     # from row to name; some rows may have none
-        names = [names.get(str(row), "") for row in range(1 + max(int(row) for row in names))]
+        names = [names.get(str(row), "") for row in range(len(names))]
     return _in_nfc(names)
 
 

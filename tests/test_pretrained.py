@@ -234,7 +234,7 @@ def test_names_are_compared_in_nfc_and_may_be_written_in_every_way_that_timm_kno
     rewrite(folder, label_names=None, pretrained_cfg={**declared, "label_names": list(classes)})
     assert torch.equal(logits(make(classes=turned, weights=folder)), expected)
     # what does not name each row once is another head
-    for names in ({"0": "café", "2": "crème", "3": "pâté", "9": "thé"}, [*classes, "eau"], ["café"] * 4):
+    for names in ({"0": "café", "2": "crème", "3": "pâté", "9": "thé"}, {"x": "café"}, [*classes, "eau"], ["café"] * 4):
         rewrite(folder, label_names=names)
         said = []
         assert random_head(make(classes=classes, weights=folder, said=said), model)
@@ -282,6 +282,11 @@ def test_a_folder_gives_the_architecture_its_arguments_the_weights_and_the_class
     timm.models.save_for_hf(theirs, str(tmp_path / "m"), {"label_names": list(CLASSES)}, safe_serialization=True)
     name = f"local-dir:{tmp_path / 'm'}"
     models.check("teacher", name, "imagenet")
+    (tmp_path / "no weights").mkdir()
+    (tmp_path / "no weights" / "config.json").write_text((tmp_path / "m" / "config.json").read_text())
+    models.check("teacher", f"local-dir:{tmp_path / 'no weights'}")
+    with pytest.raises(BadInput, match="no such file"):
+        models.check("teacher", f"local-dir:{tmp_path / 'no weights'}", "imagenet")
     loaded = make(name, weights="imagenet")
     assert models.architecture(loaded) == "test_resnet"
     assert torch.equal(logits(loaded), logits(theirs)) and not torch.equal(logits(loaded), logits(plain(theirs)))
