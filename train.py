@@ -59,9 +59,9 @@ class Config:
     cache_dir: str = flag(cli.CACHE_DIR, "where decoded pictures and the teacher's logits are kept")
 
     # The teacher, fine-tuned before it teaches, with the optimizer settings below
-    teacher: str = flag("resnet50", "timm model that teaches")
-    teacher_weights: str = flag("imagenet", "imagenet (timm's), none (random), a .safetensors file, "
-                                "or a saved folder")
+    teacher: str = flag("resnet50", "timm model that teaches; or hf-hub:OWNER/NAME, local-dir:FOLDER")
+    teacher_weights: str = flag("imagenet", "imagenet (timm's, or those of that repository or folder), "
+                                "none (random), a weights file, or a saved folder")
     teacher_epochs: int = flag(8, "epochs of fine-tuning before it teaches; 0: as loaded", low=0)
     teacher_lr: float = flag(1e-3, "peak learning rate of the teacher's fine-tuning", above=0)
     teacher_augment: str = flag("crop-x", "what a view may change in its fine-tuning",

@@ -64,8 +64,8 @@ def open_splits(name: str, splits: Sequence[str], classes: tuple[str, ...], read
         say(f"{dataset.name}: {dataset.source}")
     for split in splits:
         if split not in dataset.splits:
-            raise BadInput(f"--dataset {name} has no {split} split; choose one with --split: "
-                           f"{', '.join(dataset.splits)}")
+            raise BadInput(f"--dataset {name} has no {split} split (it has: {', '.join(dataset.splits) or 'nothing'}); "
+                           "choose another with --split, or add it")
     return numbered_as(classes, replace(dataset, splits={split: dataset.splits[split] for split in splits}))
 
 

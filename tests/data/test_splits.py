@@ -125,7 +125,7 @@ def test_a_split_that_is_not_there_and_a_class_that_the_model_does_not_know(tmp_
             open_splits(str(root), ["test"], classes, say=lambda line: None)
         return str(caught.value)
 
-    assert "has no test split; choose one with --split: train" in refusal(
+    assert "has no test split (it has: train); choose another with --split, or add it" in refusal(
         image_folder(tmp_path / "1", train={"a": 2, "b": 2}), ("a", "b"))
     message = refusal(image_folder(tmp_path / "2", test={"a": 2, "B": 2}), ("a", "b"))
     assert "test has 'B', which the model does not know (it has 'b': if that is the same class, rename one)" in message
