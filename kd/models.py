@@ -280,7 +280,8 @@ def save(model: nn.Module, folder: Path, classes: tuple[str, ...], prep: Preproc
     try:
         timm.models.save_for_hf(contiguous, str(new), model_config={"label_names": list(classes)},
                                 safe_serialization=True, data_config=data_config)
-        (new / "README.md").write_text(card)
+        (new / "README.md").write_text(card, encoding="utf-8")
+        shutil.copymode(new / "README.md", new / "model.safetensors")   # which safetensors keeps from other users
         for path in new.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
@@ -308,6 +309,8 @@ def open_saved(folder: str) -> tuple[nn.Module, Preprocessing, int, tuple[str, .
 
     Raises BadInput for a folder that `save` did not write.
     """
+    if (Path(folder) / "student" / "config.json").is_file():
+        raise BadInput(f"{folder}: a run, not one of its models; give {Path(folder) / 'student'}")
     try:
         config = json.loads((Path(folder) / "config.json").read_text())
         declared = config["pretrained_cfg"]

@@ -161,6 +161,8 @@ def test_a_saved_folder_is_a_timm_model_with_its_preprocessing(tmp_path):
     for _ in range(2):  # the second replaces the first
         models.save(model, tmp_path / "student", CLASSES, prep, 48, "---\n---\n# card\n")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["student"]
+    modes = {path.stat().st_mode for path in (tmp_path / "student").iterdir()}
+    assert len(modes) == 1      # safetensors would make its file readable to its owner only
     loaded = timm.create_model(f"local-dir:{tmp_path / 'student'}", pretrained=True).eval()
     x = torch.randn(2, 3, 48, 48)
     assert torch.equal(loaded(x), model.to(memory_format=torch.contiguous_format)(x))
@@ -169,6 +171,12 @@ def test_a_saved_folder_is_a_timm_model_with_its_preprocessing(tmp_path):
                       "std": list(prep.std), "crop_pct": 0.9, "crop_mode": "center"}
     assert json.loads((tmp_path / "student" / "config.json").read_text())["label_names"] == list(CLASSES)
     assert models.digest(make(str(tmp_path / "student"))) == models.digest(model)
+
+
+def test_the_folder_of_a_run_is_not_a_model(tmp_path):
+    models.save(make(), tmp_path / "student", CLASSES, models.preprocessing(make()), 48, "# card\n")
+    with pytest.raises(BadInput, match=f"{tmp_path}: a run, not one of its models; give {tmp_path / 'student'}$"):
+        models.open_saved(str(tmp_path))
 
 
 def test_normalize_is_what_timm_does():
