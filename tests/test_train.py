@@ -155,7 +155,7 @@ def test_the_teacher_stays_as_it_was_while_it_teaches(tiny, monkeypatch):
     watch_teacher(monkeypatch, lambda teacher: digests.append(models.digest(teacher.model)))
     train.main(tiny)
     assert len(digests) == 2 * 10 and len(set(digests)) == 1  # weights and BatchNorm statistics, to the bit
-    saved = models.create("teacher", tiny.teacher, ("a", "b", "c"), str(Path(tiny.out) / "teacher"))
+    saved = models.create("teacher", tiny.teacher, ("blob", "plain", "stripes"), str(Path(tiny.out) / "teacher"))
     assert models.digest(saved) == digests[0]
 
 
