@@ -1,7 +1,5 @@
 """kd/data/duplicates.py: equal pictures in two splits, or with two labels, are counted and named."""
 
-import os
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,8 +10,6 @@ from kd.data.duplicates import duplicates
 from kd.data.frames import Data, Split, decode
 from kd.data.samples import Dataset, Samples
 from tests.data.test_frames import SETTINGS, noise
-
-BEANS = os.environ.get("KD_BEANS", "")
 
 
 def decoded(folder, **pictures: list[tuple[int, int]]) -> Data:
@@ -61,23 +57,16 @@ def test_equal_checksums_of_other_pixels_do_not_count(tmp_path):
     assert duplicates(data) == []
 
 
-def test_a_million_frames_are_compared_in_seconds():
+def test_of_a_million_frames_only_those_with_equal_checksums_are_read():
+    read: list[int] = []
+
     def split(count: int, start: int) -> Split:
         rng = np.random.default_rng(start)
         checksums = rng.integers(0, 1 << 32, count, dtype=np.uint32)
         frames = SimpleNamespace(checksums=checksums, __len__=lambda: count,
-                                 read=lambda indices: np.array([start + indices[0]]))
+                                 read=lambda indices: (read.append(start + indices[0]), np.array(read[-1:]))[1])
         return Split(frames, rng.integers(0, 1000, count))      # type: ignore[arg-type]
 
     data = Data((), split(1_200_000, 0), split(50_000, 2_000_000), split(50_000, 4_000_000))
-    begin = time.perf_counter()
     assert duplicates(data) == []
-    assert time.perf_counter() - begin < 5
-
-
-@pytest.mark.skipif(not BEANS, reason="KD_BEANS does not name the folder of the real photographs")
-def test_the_real_photographs(tmp_path):
-    from kd.data.sources import open_dataset
-    data = decode(open_dataset(BEANS, say=lambda _: None), size=64, crop_pct=.875, interpolation="bilinear",
-                  cache_dir=tmp_path, say=lambda _: None)
-    assert duplicates(data) == []
+    assert 0 < len(read) < 1000     # pairs of equal checksums by chance: some 200
