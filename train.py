@@ -51,6 +51,9 @@ class Config:
     image: str = flag("", "its column of pictures, where that cannot be told")
     label: str = flag("", "its column of labels, where that cannot be told")
     follow_links: bool = flag(False, "follow links that lead out of its folder")
+    labels: int = flag(0, "keep that many labels of train, as many of each class, drawn by --seed; the "
+                       "student learns the other pictures from its teacher only; 0: all labels", low=0)
+    unlabelled: str = flag("", "more pictures for the student, without labels: a folder or a data set")
     size: int = flag(224, "side of the square input, in pixels", low=16)
     augment: str = flag("none", "what a view may change (flip, crop, mixup: also upside down; "
                         "flip-x, crop-x: mirrored only; crop-only: neither)", tuple(AUGMENTATIONS))
@@ -70,9 +73,15 @@ class Config:
     topk: int = flag(0, "keep only that many of the teacher's largest logits; 0: all of them", low=0)
 
     # The student and its loss
-    student: str = flag("mobilenetv2_100", "timm model that learns, from random weights")
+    student: str = flag("mobilenetv2_100", "timm model that learns")
+    student_weights: str = flag("none", "what it and its control start from: none (random), or as for "
+                                "the teacher")
     temperature: float = flag(5.0, "T, softens the distributions of teacher and student", above=0)
     kd_weight: float = flag(0.5, "λ, the teacher's share of the loss", low=0, high=1)
+    label_smoothing: float = flag(0.0, "share of each label that goes to all classes alike", low=0,
+                                  high=1)
+    select: str = flag("best", "keep the weights of the best epoch by validation, or of the last one",
+                       ("best", "last"))
 
     # The optimizer, AdamW. All but --epochs and --lr also hold for the teacher's fine-tuning.
     epochs: int = flag(30, "epochs of the student and of its control", low=1)
@@ -131,12 +140,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kd import losses, models
+from kd import BadInput, few_labels, losses, models
 from kd.batches import Batch, count_batches, load_batches
 from kd.data.duplicates import duplicates
 from kd.data.frames import Data, decode
 from kd.data.samples import Dataset, Reading
-from kd.data.sources import open_dataset
+from kd.data.sources import open_dataset, with_unlabelled
 from kd.data.splits import record
 from kd.fast import blocks
 from kd.losses import LossFunction
@@ -292,18 +301,18 @@ def fit(job: Job, cfg: Config, run: Run) -> None:
         result = scores(logits, validation.labels)
 
         # ---- keep the best weights, write the log ------------------------------------------------
-        improved = result["accuracy"] > position.best
-        if improved:
+        keep = result["accuracy"] > position.best or cfg.select == "last"
+        if keep:
             position.best, position.best_epoch = result["accuracy"], epoch + 1
             row = {**result, "best_epoch": position.best_epoch}
             models.save(model, run.out / job.role, job.data.classes, job.prep, cfg.size,
                         model_card(cfg, job.role, {job.role: row}))
         entry = epoch_entry(job, position, result, optimizer.param_groups[0]["lr"], guard.skipped)
-        print(console.epoch_line(entry, job.epochs, improved), flush=True)
+        print(console.epoch_line(entry, job.epochs, keep), flush=True)
         run.log(entry)                                        # metrics.jsonl and TensorBoard
         position.next_epoch()
         run.save()
-        if improved and job.role == "student" and cfg.push == "every-epoch":
+        if keep and job.role == "student" and cfg.push == "every-epoch":
             push(run, cfg, f"kd: epoch {epoch + 1}")
 
 
@@ -344,6 +353,8 @@ def main(cfg: Config) -> dict[str, Any]:
     # ---- 1. Data and models. One crop for all; mean, std, interpolation are each model's own. ----
     reading = Reading(cfg.config, cfg.image, cfg.label, cfg.follow_links)
     dataset = open_dataset(cfg.dataset, reading)
+    if cfg.unlabelled:
+        dataset = with_unlabelled(dataset, cfg.unlabelled, cfg.follow_links)
     student = build("student", dataset.classes, cfg, machine)     # step 4 trains another one
     prep = models.preprocessing(student)
     teacher_model = build("teacher", dataset.classes, cfg, machine)
@@ -352,6 +363,11 @@ def main(cfg: Config) -> dict[str, Any]:
     data = teacher_data = decode_for(prep, dataset, cfg, run)
     if teacher_prep.interpolation != prep.interpolation:
         teacher_data = decode_for(teacher_prep, dataset, cfg, run)
+    # Teacher and control learn from the labelled pictures, the student from all of them.
+    usable = few_labels.usable_rows(data)                     # of --unlabelled
+    pictures = teacher_pictures = few_labels.by_role(data, cfg.labels, cfg.seed, usable)
+    if teacher_data is not data:
+        teacher_pictures = few_labels.by_role(teacher_data, cfg.labels, cfg.seed, usable)
     # These must be the same in every rank, and the same as before a resume.
     run.must_match(dataset=data.digest(), teacher_weights=models.digest(teacher_model),
                    amp=str(machine.amp))
@@ -359,13 +375,13 @@ def main(cfg: Config) -> dict[str, Any]:
     views = Views(cfg.seed, cfg.size, AUGMENTATIONS[cfg.augment], cfg.views)
     loss_name = choose_loss(data, views, cfg.kd_weight, cfg, machine)[1]
     run.computes_with(f"{machine.line}, loss {loss_name}")    # other kernels round differently
-    print(headline(dataset.name, data, teacher_model, student, loss_name, cfg, machine),
+    print(headline(dataset.name, pictures, teacher_model, student, loss_name, cfg, machine),
           *duplicates(data), sep="\n")                        # equal pictures in two splits
 
     # ---- 2. The teacher is fine-tuned, by the same loop, on fresh views. --------------------------
     if cfg.teacher_epochs:
         teacher_views = Views(cfg.seed, cfg.size, AUGMENTATIONS[cfg.teacher_augment], count=0)
-        job = Job("teacher", teacher_model, teacher_prep, teacher_data, teacher_views,
+        job = Job("teacher", teacher_model, teacher_prep, teacher_pictures.teacher, teacher_views,
                   precision_for(teacher_model, cfg, machine), cfg.teacher_epochs, cfg.teacher_lr)
         train_once(job, cfg, run)
     else:
@@ -374,7 +390,8 @@ def main(cfg: Config) -> dict[str, Any]:
 
     # ---- 3. It is frozen. From here on it only answers, and each answer is kept. ------------------
     options = StoreOptions(Path(cfg.cache_dir).expanduser(), cfg.topk, cfg.temperature)
-    teacher = Teacher(models.freeze(teacher_model), teacher_prep, teacher_data, views, machine, options)
+    teacher = Teacher(models.freeze(teacher_model), teacher_prep, teacher_pictures.student, views,
+                      machine, options)
     run.flush_before_save(teacher.store)      # a checkpoint finds all its answers on the disk
     validation_logits = teacher.predict(teacher_data.validation, "teacher validation",
                                         run.stop_if_requested)
@@ -391,8 +408,8 @@ def main(cfg: Config) -> dict[str, Any]:
 
         # ---- 4. The control, then the student: the same initial weights, batches and views. -------
         model = build("student", data.classes, cfg, machine)
-        job = Job(role, model, prep, data, views, precision_for(model, cfg, machine), cfg.epochs,
-                  cfg.lr)
+        job = Job(role, model, prep, getattr(pictures, role), views,
+                  precision_for(model, cfg, machine), cfg.epochs, cfg.lr)
         if role == "student" and cfg.kd_weight:
             job.kd_weight, job.teacher = cfg.kd_weight, teacher
         train_once(job, cfg, run)                             # the best weights are now in `model`
@@ -402,7 +419,7 @@ def main(cfg: Config) -> dict[str, Any]:
                                     f"{role} test", run.stop_if_requested)
         rows[role] = test_row(cfg.student, models.parameters(model),
                               scores(test_logits[role], data.test.labels, test_logits["teacher"]),
-                              run.best_accuracy(role))
+                              run.kept_accuracy(role, cfg.select))
 
     # ---- 6. The tables, result.json, the model cards, the page, the Hub. --------------------------
     result = summarise(rows, test_logits, data, teacher, run, cfg)
@@ -427,7 +444,10 @@ def check(cfg: Config) -> None:
     cli.check(cfg)
     distributed.check_batch_size(cfg.batch_size, cfg.accumulate)
     models.check("teacher", cfg.teacher, cfg.teacher_weights)
-    models.check("student", cfg.student)
+    models.check("student", cfg.student, cfg.student_weights)
+    if cfg.unlabelled and not cfg.kd_weight:
+        raise BadInput("--unlabelled: nothing learns from pictures without labels at --kd-weight 0; give "
+                       "the teacher a share, or leave it out")
     hub.check(cfg.push_to_hub)
     if cfg.overwrite and not cfg.resume:
         refuse_inside(folder_of(cfg), "--teacher", cfg.teacher.removeprefix("local-dir:"))
@@ -446,7 +466,7 @@ def build(role: str, classes: tuple[str, ...], cfg: Config, machine: Runtime) ->
     if role == "teacher":
         model = models.create("teacher", cfg.teacher, classes, cfg.teacher_weights, cfg.size)
     else:
-        model = models.create("student", cfg.student, classes, size=cfg.size)
+        model = models.create("student", cfg.student, classes, cfg.student_weights, cfg.size)
     model = model.to(machine.device).to(memory_format=torch.channels_last)
     models.check_size(model, cfg.size)
     if cfg.sync_bn:
@@ -470,7 +490,8 @@ def choose_loss(data: Data, views: Views, kd_weight: float, cfg: Config,
                 machine: Runtime) -> tuple[LossFunction, str]:
     """loss_fn(student_logits, teacher_logits, labels), with T and λ bound, and its name."""
     return losses.choose(cfg.loss, machine.device, cfg.temperature, kd_weight, len(data.classes),
-                         soft_labels=views.augmentation.mixup > 0, kernels=machine.kernels)
+                         soft_labels=views.augmentation.mixup > 0, kernels=machine.kernels,
+                         label_smoothing=cfg.label_smoothing)
 
 
 def train_once(job: Job, cfg: Config, run: Run) -> None:
@@ -481,10 +502,13 @@ def train_once(job: Job, cfg: Config, run: Run) -> None:
     run.load_best(job.role, job.model)
 
 
-def headline(name: str, data: Data, teacher: nn.Module, student: nn.Module, loss_name: str,
-             cfg: Config, machine: Runtime) -> str:
+def headline(name: str, pictures: few_labels.ByRole, teacher: nn.Module, student: nn.Module,
+             loss_name: str, cfg: Config, machine: Runtime) -> str:
     """The first line of a run: machine, data, models, loss."""
+    data = pictures.student
     counts = " + ".join(str(len(split)) for split in (data.train, data.validation, data.test))
+    if pictures.teacher is not data:
+        counts += f" ({len(pictures.teacher.train)} labels in train)"
     return (f"{machine.line} | {name}: {counts} pictures, {len(data.classes)} classes, "
             f"{cfg.size} px | "
             f"teacher {cfg.teacher} ({models.parameters(teacher):,}) | "

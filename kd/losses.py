@@ -41,7 +41,7 @@ NO_LABEL = -100
 
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor,
-            temperature: float, kd_weight: float) -> Tensor:
+            temperature: float, kd_weight: float, label_smoothing: float = 0.0) -> Tensor:
     """(1 − λ)·CE + λ·T²·KL(teacher‖student), the mean over the B rows; a scalar.
 
     student_logits  (B, C), floating point; the gradient flows only here
@@ -50,6 +50,8 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor | None, labels: Tenso
                     zeros has no label. They are not read where kd_weight is 1
     temperature     T > 0. It softens both distributions of the KL; the CE is taken at T = 1
     kd_weight       λ in [0, 1]
+    label_smoothing the share of each label that goes to all classes alike (Szegedy et al. 2016,
+                    arXiv:1512.00567, section 7)
 
     Computed in fp32 whatever the logits' precision; float64 stays float64. A logit may be −inf, for a
     class that is ruled out: 0·log 0 counts as 0. The loss is +inf where the student rules out a class
@@ -66,7 +68,8 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor | None, labels: Tenso
 
     if kd_weight < 1:
         check_label_range(labels, s.shape[1])
-        ce = F.cross_entropy(s, labels, ignore_index=NO_LABEL, reduction="sum")
+        ce = F.cross_entropy(s, labels, ignore_index=NO_LABEL, reduction="sum",
+                             label_smoothing=label_smoothing)
         loss = loss + (1 - kd_weight) * ce
 
     if kd_weight > 0:
@@ -87,7 +90,7 @@ LossFunction = Callable[[Tensor, Tensor | None, Tensor], Tensor]
 
 
 def choose(loss: str, device: torch.device, temperature: float, kd_weight: float, num_classes: int,
-           soft_labels: bool, kernels: bool) -> tuple[LossFunction, str]:
+           soft_labels: bool, kernels: bool, label_smoothing: float = 0.0) -> tuple[LossFunction, str]:
     """The loss as a function of (student_logits, teacher_logits, labels), and its name to print.
 
     loss         "reference" is `kd_loss`, "fused" is `fused_kd_loss`, "auto" is the faster one
@@ -104,8 +107,10 @@ def choose(loss: str, device: torch.device, temperature: float, kd_weight: float
     if loss == "fused" and not kernels:
         raise BadInput("--loss fused: needs the kernels that --kernels off forbids; "
                        "use --loss auto or --kernels auto")
-    reference = partial(kd_loss, temperature=temperature, kd_weight=kd_weight)
-    if loss == "reference" or soft_labels or not kernels:
+    if loss == "fused" and label_smoothing:
+        raise BadInput("--loss fused: knows no --label-smoothing; use --loss auto or reference")
+    reference = partial(kd_loss, temperature=temperature, kd_weight=kd_weight, label_smoothing=label_smoothing)
+    if loss == "reference" or soft_labels or label_smoothing or not kernels:
         return reference, "reference"
 
     # Imported here and not at the top, because that file imports the checks below.

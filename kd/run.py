@@ -247,9 +247,10 @@ class Run:
         self.roles_done.append(role)
         self._position = None
 
-    def best_accuracy(self, role: str) -> float:
-        """The best validation accuracy of a role's epochs: that of the weights that were kept."""
-        return max(entry["accuracy"] for entry in self.history if entry["role"] == role)
+    def kept_accuracy(self, role: str, select: str) -> float:
+        """The validation accuracy of a role's weights that were kept: of the "best" or the "last" of its epochs."""
+        accuracies = [entry["accuracy"] for entry in self.history if entry["role"] == role]
+        return accuracies[-1] if select == "last" else max(accuracies)
 
     def load_best(self, role: str, model: nn.Module) -> None:
         """Put the best weights of a role, which are on rank 0's disk, into every rank's `model`."""

@@ -153,8 +153,12 @@ def mix(pixels: Tensor, others: Tensor, share: np.ndarray) -> Tensor:
 
 
 def mixed_labels(labels: np.ndarray, others: np.ndarray, share: np.ndarray, classes: int) -> np.ndarray:
-    """Class probabilities float32 `(B, C)`: one-hot labels, mixed as the pictures were."""
-    one_hot = np.eye(classes, dtype=np.float32)
+    """Class probabilities float32 `(B, C)`: one-hot labels, mixed as the pictures were.
+
+    A picture without a label (NO_LABEL) brings zeros, and so has no part in the cross-entropy.
+    """
+    one_hot = np.vstack([np.eye(classes, dtype=np.float32), np.zeros((1, classes), np.float32)])
+    labels, others = (np.where(each < 0, classes, each) for each in (labels, others))
     weight = share.astype(np.float32)[:, None]
     return one_hot[labels] * (1 - weight) + one_hot[others] * weight
 

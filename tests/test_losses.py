@@ -213,3 +213,16 @@ def test_without_a_kernel_auto_takes_the_closed_form_only_for_many_classes_and_p
 def test_an_order_that_cannot_be_met_is_bad_input(loss, soft_labels, kernels, message):
     with pytest.raises(BadInput, match=message):
         choose(loss, CPU, 4.0, 0.5, 3, soft_labels, kernels)
+
+
+def test_label_smoothing_gives_a_share_of_each_label_to_all_classes_alike():
+    """Szegedy et al. 2016, section 7: the label is (1 − ε)·one-hot + ε / C. Rows without a label stay out."""
+    generator = torch.Generator().manual_seed(5)
+    student, labels = torch.randn(6, 4, generator=generator), torch.tensor([0, 3, NO_LABEL, 1, 1, NO_LABEL])
+    smoothed = 0.7 * F.one_hot(labels.clamp(min=0), 4) + 0.3 / 4
+    expected = -(smoothed * F.log_softmax(student, 1))[labels != NO_LABEL].sum() / 6
+    assert torch.allclose(kd_loss(student, None, labels, 1.0, 0.0, label_smoothing=0.3), expected)
+    loss_fn, name = choose("auto", CPU, 1.0, 0.0, 4, soft_labels=False, kernels=True, label_smoothing=0.3)
+    assert name == "reference" and torch.allclose(loss_fn(student, None, labels), expected)
+    with pytest.raises(BadInput, match="--loss fused: knows no --label-smoothing"):
+        choose("fused", CPU, 1.0, 0.0, 4, soft_labels=False, kernels=True, label_smoothing=0.3)

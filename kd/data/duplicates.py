@@ -32,6 +32,18 @@ def duplicates(data: Data) -> list[str]:
     return [line for line in [*lines, _contradictions(data.train, groups)] if line]
 
 
+def new_pictures(data: Data) -> np.ndarray:
+    """(U,) int64, sorted: the pictures of `data.unlabelled` that are in no other split."""
+    assert data.unlabelled is not None
+    own = data.unlabelled.frames.checksums
+    others = (data.train, data.validation, data.test)
+    candidates = np.flatnonzero(np.isin(own, np.concatenate([split.frames.checksums for split in others])))
+    known = {_pixel_digest(split, int(index)) for split in others
+             for index in np.flatnonzero(np.isin(split.frames.checksums, own))}
+    known_rows = [index for index in candidates if _pixel_digest(data.unlabelled, int(index)) in known]
+    return np.setdiff1d(np.arange(len(own)), known_rows)
+
+
 def _groups_of_equal_pictures(splits: dict[str, Split]) -> list[list[Picture]]:
     """Those that lie in several splits or have several labels."""
     candidates = _candidates(splits)

@@ -206,11 +206,12 @@ class Data:
     train: Split
     validation: Split
     test: Split
+    unlabelled: Split | None = None     # pictures without labels, from another source
 
     def digest(self) -> str:
         """A hash of all pixels, labels and names of classes."""
         total = hashlib.sha256(repr(self.classes).encode())
-        for split in (self.train, self.validation, self.test):
+        for split in (self.train, self.validation, self.test, *([self.unlabelled] if self.unlabelled else [])):
             total.update(split.frames.digest.encode() + split.labels.tobytes())
         return total.hexdigest()
 
@@ -218,7 +219,10 @@ class Data:
 # Finding and building the files
 
 def decode(dataset: Dataset, **options: Any) -> Data:
-    """The frames of train, validation and test. Options and errors are those of `decode_splits`."""
+    """The frames of train, validation and test, and those of pictures without labels if there are any.
+
+    Options and errors are those of `decode_splits`.
+    """
     return Data(dataset.classes, **decode_splits(dataset, **options))
 
 

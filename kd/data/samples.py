@@ -26,6 +26,7 @@ class Reading(NamedTuple):
     config: str = ""            # of a Hub data set that has several
     image: str = ""             # the column that has the pictures
     label: str = ""             # the column that has the labels
+    labelled: bool = True       # False: labels are ignored, and splits of any name are read
     follow_links: bool = False  # also links that lead out of the data set's folder
 
 
@@ -54,6 +55,19 @@ class Dataset:
     source: str = ""                # one line: which folders, columns and configuration were read
     whole: bool = False             # the source has no splits: what is called train is all that there is
     carved: tuple[str, ...] = ()    # the splits that were taken from train
+
+
+def joined(parts: Sequence[Samples]) -> Samples:
+    """The samples of several parts, one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    owner = [(part, index) for part in parts for index in range(len(part))]
+    return Samples(np.concatenate([part.labels for part in parts]),
+                   lambda index: owner[index][0].read(owner[index][1]),
+                   lambda index: owner[index][0].name_of(owner[index][1]),
+                   lambda index: owner[index][0].key_of(owner[index][1]),
+                   " + ".join(part.location for part in parts),
+                   hashlib.sha256(repr([part.fingerprint for part in parts]).encode()).hexdigest())
 
 
 # Names
@@ -265,6 +279,12 @@ def _samples_from_files(root: Path, split: str, files: list[Path], labels: np.nd
     return Samples(labels, lambda index: files[index].read_bytes(), lambda index: printable(str(files[index])),
                    lambda index: printable(files[index].relative_to(root).as_posix()), f"{real} {split}",
                    files_fingerprint(real, files))
+
+
+def open_pictures(root: Path, follow_links: bool) -> Samples:
+    """All visible files below a folder, at any depth, without labels. Raises BadInput for links out of it."""
+    files = list(picture_files(root, links_of(root, follow_links)))
+    return _samples_from_files(root, "pictures", files, np.full(len(files), -1))
 
 
 def files_fingerprint(root: str, files: Sequence[Path]) -> str:

@@ -21,8 +21,8 @@ from PIL import Image
 from kd import DISK_FULL, BadInput, TrainingFault, one_line
 from kd.data import leaves, tables
 from kd.data.decoding import is_lfs_pointer
-from kd.data.samples import (Dataset, Links, Reading, Samples, Say, files_fingerprint, first_names,
-                             folder_layout, is_junk, links_of, open_image_folder, printable, rename_splits,
+from kd.data.samples import (Dataset, Links, Reading, Samples, Say, files_fingerprint, first_names, folder_layout,
+                             is_junk, joined, links_of, open_image_folder, open_pictures, printable, rename_splits,
                              split_called, visible)
 from kd.data.splits import numbered_as, with_three_splits
 from kd.machine import hub
@@ -67,6 +67,27 @@ def open_splits(name: str, splits: Sequence[str], classes: tuple[str, ...], read
             raise BadInput(f"--dataset {name} has no {split} split (it has: {', '.join(dataset.splits) or 'nothing'}); "
                            "choose another with --split, or add it")
     return numbered_as(classes, replace(dataset, splits={split: dataset.splits[split] for split in splits}))
+
+
+def with_unlabelled(dataset: Dataset, source: str, follow_links: bool = False, say: Say = print) -> Dataset:
+    """The same dataset with a fourth split, `unlabelled`: all pictures of another source, its labels ignored.
+
+    source: a folder of pictures at any depth, or whatever `open_dataset` opens. Raises BadInput where it
+    cannot be read or holds no picture.
+    """
+    folder, reading = Path(source).expanduser(), Reading(follow_links=follow_links, labelled=False)
+    try:
+        if folder.is_dir() and not _has_tables(folder):
+            with _errors_in_one_line(source):
+                samples = open_pictures(folder, follow_links)
+        else:
+            parts = _open(source, reading, say).splits.values()
+            samples = joined([replace(part, labels=np.full(len(part), -1)) for part in parts])
+    except BadInput as error:
+        raise BadInput(str(error).replace("--dataset", "--unlabelled", 1)) from error
+    if not len(samples):
+        raise BadInput(f"--unlabelled {source}: holds no picture")
+    return replace(dataset, splits={**dataset.splits, "unlabelled": samples})
 
 
 def hub_id(name: str) -> str | None:
@@ -133,7 +154,7 @@ def _open_folder(name: str, root: Path, reading: Reading, say: Say) -> Dataset:
             say(f"{root.name}: {metadata[0].name} has no column called label; the class folders are read")
         return open_image_folder(root, layout, reading.follow_links, say)
     # After the class folders: looking for tables visits every file.
-    if any(next(root.rglob(pattern), None) for pattern in ("*.parquet", "*.arrow")):
+    if _has_tables(root):
         return _open_hub_layout(root, reading)
     if layout and not asks_for_tables:
         return open_image_folder(root, layout, reading.follow_links, say)
@@ -144,6 +165,10 @@ def _open_folder(name: str, root: Path, reading: Reading, say: Say) -> Dataset:
     raise BadInput(f"--dataset {name}: no images in a layout that can be read (found: {_found(root)}); it needs "
                    "train/CLASS/ or CLASS/ folders of pictures, or pictures with a metadata.csv, or Parquet files as "
                    f"on the Hub{hidden if Path(name).name == name else ''}")
+
+
+def _has_tables(root: Path) -> bool:
+    return any(next(root.rglob(pattern), None) for pattern in ("*.parquet", "*.arrow"))
 
 
 def _found(root: Path) -> str:
@@ -215,7 +240,8 @@ def _from_local_tables(root: Path, builder: Any, reading: Reading, links: Links)
     files = {split: list(map(Path, paths)) for split, paths in tables.data_files(builder).items()}
     for path in (path for paths in files.values() for path in paths):
         links.check(path)
-    files, _ = rename_splits(str(root), files)
+    if reading.labelled:
+        files, _ = rename_splits(str(root), files)
     # archives are unpacked into the cache of `datasets`
     dataset = tables.from_tables(str(root), tables.load_tables(builder), reading,
                                  links._replace(roots=(*links.roots, *_cache_roots())))

@@ -63,7 +63,8 @@ def numbered_as(classes: tuple[str, ...], dataset: Dataset) -> Dataset:
 
 def split_digest(samples: Samples, classes: tuple[str, ...]) -> str:
     """A hash (hex) of the samples' keys and the names of their classes, whatever their order and place on disk."""
-    lines = sorted(f"{samples.key_of(index)}\0{classes[label]}" for index, label in enumerate(samples.labels))
+    names = (*classes, "")      # -1, no label, is the last one
+    lines = sorted(f"{samples.key_of(index)}\0{names[label]}" for index, label in enumerate(samples.labels))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 

@@ -78,13 +78,19 @@ def from_tables(name: str, tables: dict[str, Any], reading: Reading, links: Link
 
     Raises BadInput where the column of the pictures or that of the labels cannot be told.
     """
-    tables, left_out = rename_splits(name, tables)
+    left_out: list[str] = []
+    if reading.labelled:
+        tables, left_out = rename_splits(name, tables)
     if not tables:
         raise BadInput(f"--dataset {name} has no split called train, validation or test (found: "
                        f"{first_names(left_out)})")
     features = next(iter(tables.values())).features
     columns = ", ".join(f"{column} ({_type_name(feature)})" for column, feature in features.items())
     image = _image_column(name, features, columns, reading.image)
+    if not reading.labelled:
+        return Dataset(name, (), {
+            str(split): _samples_from_table(name, str(split), table, image, np.full(len(table), -1), links)
+            for split, table in tables.items()}, f"images from column {image}")
     label = _label_column(name, {key: value for key, value in features.items() if key != image}, columns, reading.label)
 
     values = {split: _values(name, table, label) for split, table in tables.items()}

@@ -125,14 +125,25 @@ def _recipe(role: str, settings: Mapping[str, Any], best_epoch: int) -> str:
               "used as loaded")
     control = "; the control's λ is 0" if role == "control" else ""
     best = f" (epoch {best_epoch} so far)" if best_epoch else ""
-    return "\n".join([
+    weights = settings["student_weights"]
+    student_start = "random weights" if weights == "none" else (
+        "pretrained weights" if weights == "imagenet" else f"`{base_name(weights)}`")
+    chosen = ("last epoch, as agreed before" if settings["select"] == "last" else
+              f"best epoch by validation accuracy{best}")
+    lines = [
         f"- teacher `{_model_of('teacher', settings)}`, {start} {whose} pretrained weights, {tuning}",
-        f"- student `{_model_of('student', settings)}`, from random weights, {settings['epochs']} epochs at "
+        f"- student `{_model_of('student', settings)}`, from {student_start}, {settings['epochs']} epochs at "
         f"{settings['size']} px, seed {settings['seed']}",
         f"- loss (1 - λ)·CE + λ·T²·KL(teacher‖student), T = {settings['temperature']:g}, "
         f"λ = {settings['kd_weight']:g}{control}",
-        f"- the weights are those of the best epoch by validation accuracy{best}",
-    ])
+        f"- the weights are those of the {chosen}",
+    ]
+    if settings["labels"]:
+        lines.insert(0, f"- {settings['labels']} labels of the training split; teacher and control know only these "
+                        "pictures, and the student learns the others from its teacher")
+    if settings["unlabelled"]:
+        lines.insert(0, f"- more pictures without labels for the student: `{base_name(settings['unlabelled'])}`")
+    return "\n".join(lines)
 
 
 def _scores(row: dict[str, Any], split: str) -> Scores:

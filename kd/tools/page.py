@@ -133,11 +133,12 @@ def render(result: dict[str, Any], history: list[dict[str, Any]], content: Predi
     roles = [role for role in ROLES if role in content.logits and role in result]
     history = [entry for entry in history if entry["role"] in roles]
     temperature = float(result["config"]["temperature"])
+    select = result["config"].get("select", "best")     # older runs had no choice
     return environment().get_template("page.html.j2").render(
         css=(FOLDER / "page.css").read_text(), light=plots.LIGHT, dark=plots.DARK,
         result=result, roles=roles, rows={role: result[role] for role in roles}, temperature=temperature,
         gain=gain_from_teacher(result, content),
-        curves={key: plots.curves(history, key) for key in ("accuracy", "loss", "train_loss")},
+        select=select, curves={key: plots.curves(history, key, select) for key in ("accuracy", "loss", "train_loss")},
         confusion={role: confusion(np.array(result[role]["confusion"]), role) for role in roles},
         reliability={role: reliability(content, role) for role in roles},
         errors=error_groups(content, temperature), total=len(content.labels),

@@ -65,10 +65,10 @@ def _svg(draw: Callable[[Figure, Palette], None], palette: Palette, width: float
     return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
 
 
-def curves(history: list[dict[str, Any]], key: str) -> Plot:
+def curves(history: list[dict[str, Any]], key: str, select: str = "best") -> Plot:
     """One quantity of metrics.jsonl over the epochs, a line a role.
 
-    Of the accuracy, a star marks the best epoch, whose weights are those of the run.
+    Of the accuracy, a star marks the epoch whose weights were kept: the best or the last one.
     """
     percent = key == "accuracy"
 
@@ -82,8 +82,8 @@ def curves(history: list[dict[str, Any]], key: str) -> Plot:
             axes.plot(epochs, values, color=palette[role], label=role, linestyle=LINE_STYLES[role],
                       marker="." if len(entries) < 3 else None)
             if percent:
-                best = int(np.argmax(values))
-                axes.plot(epochs[best], values[best], "*", color=palette[role], markersize=13, clip_on=False,
+                kept = -1 if select == "last" else int(np.argmax(values))
+                axes.plot(epochs[kept], values[kept], "*", color=palette[role], markersize=13, clip_on=False,
                           markeredgecolor=palette["ground"], markeredgewidth=0.8, zorder=4)
 
         axes.set_xlabel("epoch")
