@@ -1,5 +1,4 @@
-// Convolution + BatchNorm (training) + clamp, forward and backward, for AVX-512 CPUs: the kernels
-// behind kd/fast/blocks.py.
+// Convolution + BatchNorm (training) + clamp, forward and backward, on CPUs: the kernels behind kd/fast/blocks.py.
 //
 // The plain step is bound by memory traffic. Around each convolution, BatchNorm and ReLU6 read and
 // write the whole activation some ten times, forward and back. Here a layer i is one call each way. It
@@ -17,13 +16,17 @@
 //   dL/dy = gamma*invstd*(g - dbeta/m - xh*dgamma/m) = p*g + q*y + r
 // So it is two multiply-adds while loading, with p, q and r fixed for a channel once the sums are known.
 //
-// The storage type T is float or bfloat16. Arithmetic, statistics and weights are float32; sums over
-// rows are double. Results are deterministic: thread t always takes the same rows, and partial sums are
-// added in the order of t.
+// An activation is a matrix (N*H*W, C), as channels_last lies in memory. It is float, or bfloat16 with
+// AVX-512. Arithmetic, statistics and weights are float32; sums over rows are double. Results are
+// deterministic: thread t always takes the same rows, and partial sums are added in the order of t.
+//
+// In this order: vectors of 16 channels; the matrix product; BatchNorm; the kernels of dense and of
+// depthwise convolutions; the operators that Python calls.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/cpu/vec/vec.h>
+#include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
-#include <immintrin.h>
 #include <limits>
 #include <numeric>
 #include <tuple>
@@ -32,22 +35,85 @@
 namespace {
 using at::Tensor;
 using BF = at::BFloat16;
-using V = __m512;                                   // 16 channels
-using Mask = __mmask16;
 using OptTensor = const std::optional<Tensor>&;
+
+#define ALWAYS_INLINE __attribute__((always_inline))
+#define INLINE inline ALWAYS_INLINE
 
 constexpr long up(long n, long to) { return (n + to - 1) / to * to; }
 
-// A block of channels: all 16 (All), or the last few (Mask). Which of the two is a type, known when
-// compiling, because masked accesses are slow.
+// ---- vectors of 16 channels --------------------------------------------------------------------------
+// All kernels work on 16 channels at a time. That is one register of AVX-512, two of AVX2 or four of NEON.
+using Reg = at::vec::Vectorized<float>;
+constexpr int W = Reg::size(), REGS = 16 / W;
+struct V { Reg r[REGS]; };
+
+template <class F> INLINE V each(const F& f) {      // a V of f(0), f(1), …
+  V v;
+#pragma GCC unroll 4
+  for (int i = 0; i < REGS; i++) v.r[i] = f(i);
+  return v;
+}
+INLINE V all(float x) { return each([&](int) ALWAYS_INLINE { return Reg(x); }); }
+INLINE V operator+(V a, V b) { return each([&](int i) ALWAYS_INLINE { return a.r[i] + b.r[i]; }); }
+INLINE V operator-(V a, V b) { return each([&](int i) ALWAYS_INLINE { return a.r[i] - b.r[i]; }); }
+INLINE V madd(V a, V b, V c) {                      // a*b + c
+  return each([&](int i) ALWAYS_INLINE { return at::vec::fmadd(a.r[i], b.r[i], c.r[i]); });
+}
+INLINE V clamp(V v, float lo, float hi) {           // NaN stays NaN
+  return each([&](int i) ALWAYS_INLINE { return at::vec::clamp(v.r[i], Reg(lo), Reg(hi)); });
+}
+INLINE V where_inside(V z, float lo, float hi, V v) {   // v where lo < z < hi, else 0; 0 too where z is NaN
+  return each([&](int i) ALWAYS_INLINE -> Reg {
+#ifdef CPU_CAPABILITY_AVX512
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(z.r[i], Reg(lo), _CMP_GT_OQ) &
+                               _mm512_cmp_ps_mask(z.r[i], Reg(hi), _CMP_LT_OQ), v.r[i]);
+#else
+    return v.r[i] & (z.r[i] > Reg(lo)) & (z.r[i] < Reg(hi));
+#endif
+  });
+}
+
+// Which of 16 channels there are, and how to store them: all 16, or the last n of an activation, or all 16
+// past the caches. It is a type, known when compiling, because masked accesses are slow.
 struct All {};
-template <class F> inline __attribute__((always_inline)) void blocks(long C, const F& f) {
+struct First { long n; };
+struct Streamed : All {};
+
+// A result that is much larger than the caches is gone from them before it is read. An ordinary store
+// would even fetch each line from memory first. Measured on AVX2: the write takes half the time.
+#ifdef CPU_CAPABILITY_AVX2
+constexpr bool STREAMS = true;
+INLINE void store(float* p, int i, Reg v, Streamed) { _mm256_stream_ps(p + i * W, v); }
+#else
+constexpr bool STREAMS = false;
+#endif
+constexpr long STREAMED_BYTES = 4 << 20;
+
+INLINE long count(All) { return 16; }
+INLINE long count(First k) { return k.n; }
+INLINE long count(First k, int i) { return std::clamp(k.n - i * W, 0L, long(W)); }   // in register i
+
+// f(lanes) for the block that begins `left` channels before the end; f(c, lanes) for each block of C channels.
+template <class F> INLINE void block(long left, bool streamed, const F& f) {
+  if (left < 16) return f(First{left});
+  if constexpr (STREAMS) if (streamed) return f(Streamed());
+  f(All());
+}
+template <class F> INLINE void blocks(long C, const F& f) {
   long c = 0;
   for (; c + 16 <= C; c += 16) f(c, All());
-  if (c < C) f(c, Mask((1 << (C - c)) - 1));
+  if (c < C) f(c, First{C - c});
 }
-inline V widen(__m256i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); }
-inline __m256i narrow(V v) {
+
+INLINE Reg load(const float* p, int i, All) { return Reg::loadu(p + i * W); }
+INLINE Reg load(const float* p, int i, First k) { return Reg::loadu(p + i * W, count(k, i)); }
+INLINE void store(float* p, int i, Reg v, All) { v.store(p + i * W); }
+INLINE void store(float* p, int i, Reg v, First k) { v.store(p + i * W, count(k, i)); }
+
+#ifdef CPU_CAPABILITY_AVX512                        // bfloat16, where 16 channels are one register
+INLINE Reg widen(__m256i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); }
+INLINE __m256i narrow(Reg v) {
 #ifdef __AVX512BF16__
   return (__m256i)_mm512_cvtneps_pbh(v);
 #else                                               // round to nearest even by hand
@@ -56,111 +122,181 @@ inline __m256i narrow(V v) {
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(u, 16));
 #endif
 }
-inline V load(const float* p, All = {}) { return _mm512_loadu_ps(p); }
-inline V load(const float* p, Mask m) { return _mm512_maskz_loadu_ps(m, p); }
-inline V load(const BF* p, All = {}) { return widen(_mm256_loadu_si256((const __m256i*)p)); }
-inline V load(const BF* p, Mask m) { return widen(_mm256_maskz_loadu_epi16(m, p)); }
-inline void store(float* p, V v, All = {}) { _mm512_storeu_ps(p, v); }
-inline void store(float* p, V v, Mask m) { _mm512_mask_storeu_ps(p, m, v); }
-inline void store(BF* p, V v, All = {}) { _mm256_storeu_si256((__m256i*)p, narrow(v)); }
-inline void store(BF* p, V v, Mask m) { _mm256_mask_storeu_epi16(p, m, narrow(v)); }
-template <class T> inline V rounded(V v) {           // what a later load will read
-  if constexpr (sizeof(T) == 4) return v;
-  return widen(narrow(v));
-}
-inline void accumulate(double* p, V v) {            // p[0..16) += v
-  _mm512_storeu_pd(p, _mm512_add_pd(_mm512_loadu_pd(p), _mm512_cvtps_pd(_mm512_castps512_ps256(v))));
-  _mm512_storeu_pd(p + 8, _mm512_add_pd(_mm512_loadu_pd(p + 8), _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1))));
-}
+INLINE __mmask16 mask(First k) { return (1 << k.n) - 1; }
+INLINE Reg load(const BF* p, int, All) { return widen(_mm256_loadu_si256((const __m256i*)p)); }
+INLINE Reg load(const BF* p, int, First k) { return widen(_mm256_maskz_loadu_epi16(mask(k), p)); }
+INLINE void store(BF* p, int, Reg v, All) { _mm256_storeu_si256((__m256i*)p, narrow(v)); }
+INLINE void store(BF* p, int, Reg v, First k) { _mm256_mask_storeu_epi16(p, mask(k), narrow(v)); }
 
-// ---- matrix product --------------------------------------------------------------------------------------------
-// C (m, 16*nv) = or += A (m, kw) B (kw, 16*nv), in 32-bit words. A word is one float, or two bfloat16
-// neighbours along the summed dimension, which is what vdpbf16ps multiplies. Operands lie in scratch
-// and are padded, so there are no column tails.
-template <class T> constexpr long per = sizeof(float) / sizeof(T);
-
-template <class T> inline V madd(V a, V b, V c) {
-  if constexpr (per<T> == 1) return _mm512_fmadd_ps(a, b, c);
+INLINE V pair(V v0, V v1) {                         // 16 words of two bfloat16: v0 in the low halves
+  return {_mm512_castsi512_ps(_mm512_or_si512(
+      _mm512_cvtepu16_epi32(narrow(v0.r[0])), _mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow(v1.r[0])), 16)))};
+}
+INLINE V madd_pairs(V a, V b, V c) {                // c + a.low*b.low + a.high*b.high
 #ifdef __AVX512BF16__
-  return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
+  return {_mm512_dpbf16_ps(c.r[0], (__m512bh)(__m512)a.r[0], (__m512bh)(__m512)b.r[0])};
 #else
-  auto low = [](V v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(v), 16)); };
-  auto high = [](V v) { return _mm512_and_ps(v, _mm512_castsi512_ps(_mm512_set1_epi32(0xffff0000))); };
-  return _mm512_fmadd_ps(high(a), high(b), _mm512_fmadd_ps(low(a), low(b), c));
+  auto low = [](__m512 v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(v), 16)); };
+  auto high = [](__m512 v) { return _mm512_and_ps(v, _mm512_castsi512_ps(_mm512_set1_epi32(0xffff0000))); };
+  return {_mm512_fmadd_ps(high(a.r[0]), high(b.r[0]), _mm512_fmadd_ps(low(a.r[0]), low(b.r[0]), c.r[0]))};
 #endif
 }
+#endif
 
-template <class T, int MR, int NV>                  // MR*NV accumulators stay in registers
-void strip(long m, long kw, const float* A, long row, long col, const float* B, long ldb, float* C, long ldc,
-           bool add) {
-  for (; m >= MR; m -= MR, A += MR * row, C += MR * ldc) {
-    V acc[MR][NV];
-    for (int r = 0; r < MR; r++)
-      for (int v = 0; v < NV; v++) acc[r][v] = add ? load(C + r * ldc + 16 * v) : _mm512_setzero_ps();
-    const float *a = A, *b = B;
-    for (long k = 0; k < kw; k++, a += col, b += ldb)
+template <class P, class K = All> INLINE V load(const P* p, K k = {}) {
+  return each([&](int i) ALWAYS_INLINE { return load(p, i, k); });
+}
+template <class P, class K = All> INLINE void store(P* p, V v, K k = {}) {
+#pragma GCC unroll 4
+  for (int i = 0; i < REGS; i++) store(p, i, v.r[i], k);
+}
+template <class T> INLINE V rounded(V v) {          // what a later load will read
+#ifdef CPU_CAPABILITY_AVX512
+  if constexpr (sizeof(T) == 2) return {widen(narrow(v.r[0]))};
+#endif
+  return v;
+}
+
+struct Buffer {                                     // floats of scratch, from the start of a cache line on
+  at::DataPtr data;
+  explicit Buffer(long n) : data(c10::GetCPUAllocator()->allocate(n * sizeof(float))) {}
+  Buffer(long n, float fill) : Buffer(n) { std::fill_n((float*)*this, n, fill); }
+  operator float*() const { return (float*)data.get(); }
+};
+
+// ---- matrix product ----------------------------------------------------------------------------------
+// A (m, kw) times B (kw, n), in 32-bit words. A word is one float, or two bfloat16 neighbours along the
+// summed dimension, which is what vdpbf16ps multiplies. `per` is how many values a word holds.
+//
+// A strip of MR rows and 16*NV columns of the result stays in registers while k runs. Each step loads NV
+// blocks of a row of B, and multiplies them by MR single words of A. B lies in panels: the 16 columns of a
+// block, one row after the other. The processor then reads a panel from end to end, and it stays in the
+// first-level cache while the strips pass over it. The result lies in panels too. Scratch is padded to
+// whole blocks, so there are no column tails.
+template <class T> constexpr long per = sizeof(float) / sizeof(T);
+
+template <class T> INLINE V multiply_add(V a, V b, V c) {
+#ifdef CPU_CAPABILITY_AVX512
+  if constexpr (per<T> == 2) return madd_pairs(a, b, c);
+#endif
+  return madd(a, b, c);
+}
+
+struct Left { const float* at; long row, col; };     // A: word (r, k) lies at `at + r*row + k*col`
+struct Panels { const float* at; long size; };       // B: word (k, c) at `at + c/16*size + k*16 + c%16`
+
+template <class T, int MR, int NV>
+void strip(long m, long kw, Left A, Panels B, float* C, long panel, bool add) {
+  for (; m >= MR; m -= MR, A.at += MR * A.row, C += MR * 16) {
+    V acc[NV][MR];
+    for (int v = 0; v < NV; v++)
+      for (int r = 0; r < MR; r++) acc[v][r] = add ? load(C + v * panel + r * 16) : all(0);
+
+    const float *a = A.at, *b = B.at;
+    for (long k = 0; k < kw; k++, a += A.col, b += 16) {
+      V bk[NV];
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; v++) bk[v] = load(b + v * B.size);
 #pragma GCC unroll 16
       for (int r = 0; r < MR; r++) {
-        V ar = _mm512_set1_ps(a[r * row]);
+        const V ar = all(a[r * A.row]);
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; v++) acc[r][v] = madd<T>(ar, load(b + 16 * v), acc[r][v]);
+        for (int v = 0; v < NV; v++) acc[v][r] = multiply_add<T>(ar, bk[v], acc[v][r]);
       }
-    for (int r = 0; r < MR; r++)
-      for (int v = 0; v < NV; v++) store(C + r * ldc + 16 * v, acc[r][v]);
+    }
+
+    for (int v = 0; v < NV; v++)
+      for (int r = 0; r < MR; r++) store(C + v * panel + r * 16, acc[v][r]);
   }
-  if constexpr (MR > 1) if (m) strip<T, MR / 2, NV>(m, kw, A, row, col, B, ldb, C, ldc, add);
+  if constexpr (MR > 1) if (m) strip<T, MR / 2, NV>(m, kw, A, B, C, panel, add);
 }
 
-template <class T>
-void gemm(long m, long nv, long kw, const float* A, long row, long col, const float* B, long ldb, float* C, long ldc,
-          bool add) {
-  for (long w; nv > 0; nv -= w, B += 16 * w, C += 16 * w) {
-    w = nv == 5 || nv == 6 ? 3 : std::min(nv, 4L);  // no lone last column: 5 = 3 + 2
-    (w == 4 ? strip<T, 6, 4> : w == 3 ? strip<T, 8, 3> : w == 2 ? strip<T, 12, 2> : strip<T, 16, 1>)(
-        m, kw, A, row, col, B, ldb, C, ldc, add);
+// The width of the next strip, in blocks. AVX2 has 16 registers: 6 rows of one block fill 12, and B takes two.
+// AVX-512 has 32, of a whole block each.
+inline long strip_width(long left) {
+  if (REGS > 1) return 1;
+  return left == 5 || left == 6 ? 3 : std::min(left, 4L);   // no lone last column: 5 = 3 + 2
+}
+template <class T> void strips(long width, long m, long kw, Left A, Panels B, float* C, long panel, bool add) {
+  auto run = strip<T, (REGS > 1 ? 6 : 16), 1>;
+  if constexpr (REGS == 1)
+    if (width > 1) run = width == 4 ? strip<T, 6, 4> : width == 3 ? strip<T, 8, 3> : strip<T, 12, 2>;
+  run(m, kw, A, B, C, panel, add);
+}
+
+// C += A B. C is in panels.
+template <class T> void add_product(long m, long n, long kw, Left A, Panels B, float* C) {
+  for (long c = 0, w; c < n / 16; c += w) {
+    w = strip_width(n / 16 - c);
+    strips<T>(w, m, kw, A, {B.at + c * B.size, B.size}, C + c * m * 16, m * 16, true);
   }
 }
 
-// Two consecutive rows of 16 channels into scratch. `rows` is the (row, channel) matrix to sum over
-// channels, `pairs` is the one to sum over rows. In float they are the same, and only `rows` is written.
-template <class T> inline void put(float* rows, float* pairs, long ld, long r, long c, V v0, V v1) {
+// A B, handed on while it is in the cache: sink(r, rows, c, tile) takes `rows` rows of a block, from (r, c) on.
+template <class T, class F> void product(long m, long n, long kw, Left A, Panels B, const F& sink) {
+  constexpr long ROWS = 48;                         // a multiple of every strip's
+  alignas(64) float tiles[4][ROWS * 16];
+  for (long c = 0, w; c < n / 16; c += w) {
+    w = strip_width(n / 16 - c);
+    for (long r = 0; r < m; r += ROWS) {
+      const long rows = std::min(ROWS, m - r);
+      strips<T>(w, rows, kw, {A.at + r * A.row, A.row, A.col}, {B.at + c * B.size, B.size}, tiles[0], ROWS * 16, false);
+      for (long v = 0; v < w; v++) sink(r, rows, 16 * (c + v), tiles[v]);
+    }
+  }
+}
+
+// ---- operands of the product -------------------------------------------------------------------------
+// A matrix in scratch, in words: block c / 16 of row r lies at `at + r*row + c/16*block`.
+struct Matrix {
+  float* at; long row, block;
+  float* of(long r, long c) const { return at + r * row + c / 16 * block; }
+};
+
+// Two consecutive rows of 16 channels into scratch: into the matrix to sum over channels (`channels`), and
+// into the one to sum over rows (`rows`). In float both have the same words, and the first is enough.
+template <class T> INLINE void put(const Matrix* channels, const Matrix* rows, long r, long c, V v0, V v1) {
   if constexpr (per<T> == 1) {
-    store(rows + r * ld + c, v0), store(rows + (r + 1) * ld + c, v1);
-  } else {
-    if (rows) store((BF*)rows + r * ld + c, v0), store((BF*)rows + (r + 1) * ld + c, v1);
-    if (pairs) _mm512_storeu_si512(pairs + r / 2 * ld + c, _mm512_or_si512(
-        _mm512_cvtepu16_epi32(narrow(v0)), _mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow(v1)), 16)));
+    const Matrix* to = channels ? channels : rows;
+    store(to->of(r, c), v0), store(to->of(r + 1, c), v1);
   }
+#ifdef CPU_CAPABILITY_AVX512
+  if constexpr (per<T> == 2) {
+    if (channels) store((BF*)channels->of(r, c), v0), store((BF*)channels->of(r + 1, c), v1);
+    if (rows) store(rows->of(r / 2, c), pair(v0, v1));
+  }
+#endif
 }
 
 // m rows of value(row, channel, lanes), in the order of memory. A walk down a block of 16 channels would
 // keep the coefficients in registers, but it jumps from row to row, which no prefetcher follows: it takes
 // twice as long.
-template <class T, class F> inline void put_all(const F value, float* rows, float* pairs, long ld, long C, long m) {
-  const V none = _mm512_setzero_ps();
+template <class T, class F>
+INLINE void put_all(const F value, const Matrix* channels, const Matrix* rows, long C, long m) {
   for (long r = 0; r < m; r += 2)
-    blocks(C, [&](long c, auto k) {
-      put<T>(rows, pairs, ld, r, c, value(r, c, k), r + 1 < m ? value(r + 1, c, k) : none);
+    blocks(C, [&](long c, auto k) ALWAYS_INLINE {
+      put<T>(channels, rows, r, c, value(r, c, k), r + 1 < m ? value(r + 1, c, k) : all(0));
     });
 }
 
-// The weight as gemm's B: P[r / per][c] = src[r*sr + c*sc], and zero beyond (R, C).
-template <class T> std::vector<float> pack(const float* src, long R, long C, long sr, long sc) {
-  const long ld = up(C, 16), R2 = up(R, 2);
-  std::vector<float> P(R2 * ld);
-  at::parallel_for(0, ld / 16, 1, [&](long b, long e) {
-    for (long c = b * 16; c < e * 16; c += 16)
-      for (long r = 0; r < R2; r += 2) {
-        float v[2][16] = {};
-        for (long i = 0; i < 2 && r + i < R; i++)
-          for (long j = 0; j < 16 && c + j < C; j++) v[i][j] = src[(r + i) * sr + (c + j) * sc];
-        put<T>(per<T> == 1 ? P.data() : nullptr, P.data(), ld, r, c, load(v[0]), load(v[1]));
-      }
-  });
-  return P;
-}
+// A weight as B: row r, column c is value(r, c), and zero beyond (R, C).
+template <class T> struct Packed {
+  long size;
+  Buffer words;
+  template <class F> Packed(long R, long C, const F value) : size(up(R, 2) / per<T> * 16), words(up(C, 16) / 16 * size) {
+    const Matrix panels{words, 16, size};
+    at::parallel_for(0, up(C, 16) / 16, 1, [&](long b, long e) {
+      for (long c = b * 16; c < e * 16; c += 16)
+        block(C - c, false, [&](auto k) {
+          for (long r = 0; r < R; r += 2)
+            put<T>(nullptr, &panels, r, c, value(r, c, k), r + 1 < R ? value(r + 1, c, k) : all(0));
+        });
+    });
+  }
+  operator Panels() const { return {words, size}; }
+};
 
-// ---- BatchNorm -------------------------------------------------------------------------------------------------
+// ---- BatchNorm ---------------------------------------------------------------------------------------
 // The norm and clamp that turn y into a. Its numbers are the rows of one (4, C) tensor.
 struct Norm {
   const float *mean, *invstd, *scale, *shift;
@@ -168,26 +304,21 @@ struct Norm {
   Norm(const Tensor& t, double lo, double hi) : mean(t.const_data_ptr<float>()), invstd(mean + t.size(1)),
       scale(invstd + t.size(1)), shift(scale + t.size(1)), lo(lo), hi(hi) {}
 };
+
 template <class T> struct Normed {                  // rows of a = clamp(scale*y + shift)
   const T* y; long C; Norm n;
-  template <class M> V z(V y, long c, M m) const {
-    return _mm512_fmadd_ps(y, load(n.scale + c, m), load(n.shift + c, m));
+  template <class K> INLINE V z(V y, long c, K k) const { return madd(y, load(n.scale + c, k), load(n.shift + c, k)); }
+  template <class K> INLINE V operator()(long r, long c, K k) const {
+    return clamp(z(load(y + r * C + c, k), c, k), n.lo, n.hi);
   }
-  V clamp(V z) const {                              // in this order of operands NaN stays NaN
-    return _mm512_min_ps(_mm512_set1_ps(n.hi), _mm512_max_ps(_mm512_set1_ps(n.lo), z));
-  }
-  Mask inside(V z) const {
-    return _mm512_cmp_ps_mask(z, _mm512_set1_ps(n.lo), _CMP_GT_OQ) &
-           _mm512_cmp_ps_mask(z, _mm512_set1_ps(n.hi), _CMP_LT_OQ);
-  }
-  template <class M> V operator()(long r, long c, M m) const { return clamp(z(load(y + r * C + c, m), c, m)); }
   Normed from(long row) const { return {y + row * C, C, n}; }
 };
+
 template <class T> struct Sloped {                  // rows of dL/dy = p*g + q*y + r
   const T *g, *y; long C; const float* coef;
-  template <class M> V operator()(long i, long c, M m) const {
-    return _mm512_fmadd_ps(load(g + i * C + c, m), load(coef + c, m),
-                           _mm512_fmadd_ps(load(y + i * C + c, m), load(coef + C + c, m), load(coef + 2 * C + c, m)));
+  template <class K> INLINE V operator()(long i, long c, K k) const {
+    return madd(load(g + i * C + c, k), load(coef + c, k),
+                madd(load(y + i * C + c, k), load(coef + C + c, k), load(coef + 2 * C + c, k)));
   }
   Sloped from(long row) const { return {g + row * C, y + row * C, C, coef}; }
 };
@@ -202,13 +333,13 @@ struct Sums {
   Sums(long C, long threads) : C(C), Cp(up(C, 16)), n(threads), s(n * 2 * Cp), about(n * Cp), count(n) {}
   const double* first(long t) const { return &s[t * 2 * Cp]; }
   const double* second(long t) const { return &s[(t * 2 + 1) * Cp]; }
+  float* center(long t, long c) { return &about[t * Cp + c]; }
 
-  V center(long t, long c, V first) {               // the thread's first row, as soon as there is one
-    if (!count[t]) store(&about[t * Cp + c], first);
-    return load(&about[t * Cp + c]);
-  }
-  void add(long t, long c, V s1, V s2) {
-    accumulate(&s[t * 2 * Cp + c], s1), accumulate(&s[(t * 2 + 1) * Cp + c], s2);
+  void add(long t, long c, V s1, V s2) {            // to the sums of a block
+    float v[2][16];
+    store(v[0], s1), store(v[1], s2);
+    for (int i = 0; i < 2; i++)
+      for (int j = 0; j < 16; j++) s[(t * 2 + i) * Cp + c + j] += v[i][j];
   }
 
   // Merges the threads' means and squared deviations (Chan et al. 1979), moves the running statistics as
@@ -258,30 +389,76 @@ template <class F> void split(long rows, const F& f) {     // f(t, first, last):
   });
 }
 
-// ---- 1x1 convolution, and the first one over the image, as matrix products over (N*H*W, C) -------------------------
-struct Patches {                                    // row (n, oh, ow), column (channel, kh, kw) as in the weight
+// Where a result goes: a tensor of rows, C values each.
+template <class T> struct Output {
+  T* at; long C; bool streamed;
+  explicit Output(const Tensor& t) : at(t.data_ptr<T>()), C(t.size(1)),
+      streamed(C % 16 == 0 && t.numel() * long(sizeof(T)) >= STREAMED_BYTES) {}
+};
+
+// 16 channels of m rows of y, from scratch into memory and into the statistics. `first` says that the
+// thread begins here.
+template <class T>
+void keep(const float* from, const Output<T>& y, long row, long m, long c, Sums& sums, long t, bool first) {
+  float* about = sums.center(t, c);
+  if (first) store(about, rounded<T>(load(from)));
+  block(y.C - c, y.streamed, [&](auto k) {
+    const V center = load(about);
+    V s1 = all(0), s2 = all(0);
+    for (long i = 0; i < m; i++) {
+      const V v = rounded<T>(load(from + i * 16)), d = v - center;
+      store(y.at + (row + i) * y.C + c, v, k);
+      s1 = s1 + d, s2 = madd(d, d, s2);
+    }
+    sums.add(t, c, s1, s2);
+  });
+}
+
+// 16 channels of m rows of g = dL/dz, from dL/da = da(i, lanes): zero where the clamp holds, plus skip. Also the
+// two sums of BatchNorm's backward. Without g, only they.
+template <class T, class F>
+void through_clamp(const F& da, const Normed<T>& a, const T* skip, const Output<T>* g, long row, long m, long c,
+                   Sums& sums, long t) {
+  block(a.C - c, g && g->streamed, [&](auto k) {
+    const V mean = load(a.n.mean + c, k);
+    V s1 = all(0), s2 = all(0);
+    for (long i = 0; i < m; i++) {
+      const long at = (row + i) * a.C + c;
+      const V y = load(a.y + at, k), v = where_inside(a.z(y, c, k), a.n.lo, a.n.hi, da(i, k));
+      if (g) store(g->at + at, skip ? v + load(skip + at, k) : v, k);
+      s1 = s1 + v, s2 = madd(v, y - mean, s2);
+    }
+    sums.add(t, c, s1, s2);
+  });
+}
+
+// ---- 1x1 convolution, and the first one over the image, as matrix products over (N*H*W, C) -------------
+// Rows of the image's patches: row (n, oh, ow), column (kh, kw, channel), as a channels_last weight lies in memory.
+struct Patches {
   const float* x;
-  long H, W, OH, OW, C, stride, pad, sn, sh, sw;
-  std::vector<int> offset, kh, kw;                  // of each column
+  long H, W, OH, OW, channels, kernel, stride, C;
   Patches(const Tensor& image, long k, long stride) : x(image.const_data_ptr<float>()), H(image.size(2)),
-      W(image.size(3)), C(image.size(1) * k * k), stride(stride), pad(k / 2), sn(image.stride(0)),
-      sh(image.stride(2)), sw(image.stride(3)), offset(up(C, 16)), kh(up(C, 16)), kw(up(C, 16)) {
-    OH = (H - 1) / stride + 1, OW = (W - 1) / stride + 1;      // k is odd, padding k / 2
-    for (long c = 0; c < C; c++)
-      kh[c] = c / k % k, kw[c] = c % k, offset[c] = c / (k * k) * image.stride(1) + kh[c] * sh + kw[c] * sw;
+      W(image.size(3)), OH((H - 1) / stride + 1), OW((W - 1) / stride + 1), channels(image.size(1)), kernel(k),
+      stride(stride), C(k * k * channels) {}        // k is odd, padding k / 2
+
+  void copy(long r, float* to) const {              // columns [left, right) of the kernel lie in the image
+    const long h = r / OW % OH * stride - kernel / 2, w = r % OW * stride - kernel / 2;
+    const long left = std::max(0L, -w), right = std::min(kernel, W - w), row = kernel * channels;
+    const float* image = x + r / OW / OH * H * W * channels;
+    for (long kh = 0; kh < kernel; kh++, to += row) {
+      const bool inside = h + kh >= 0 && h + kh < H;
+      if (!inside || right - left < kernel) std::fill_n(to, row, 0.f);
+      if (inside)
+        std::copy_n(image + ((h + kh) * W + w + left) * channels, (right - left) * channels, to + left * channels);
+    }
   }
   struct From {
     const Patches& p; long first;
-    template <class M> V operator()(long i, long c, M) const {
-      const Mask m = p.C - c < 16 ? (1 << (p.C - c)) - 1 : 0xffff;
-      const long r = first + i, h = r / p.OW % p.OH * p.stride - p.pad, w = r % p.OW * p.stride - p.pad;
-      auto in = [](const int* k, long at, long size) {         // 0 <= at + k < size
-        return _mm512_cmplt_epu32_mask(_mm512_add_epi32(_mm512_loadu_si512(k), _mm512_set1_epi32(at)),
-                                       _mm512_set1_epi32(size));
-      };
-      return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), m & in(&p.kh[c], h, p.H) & in(&p.kw[c], w, p.W),
-                                      _mm512_loadu_si512(&p.offset[c]),
-                                      p.x + r / p.OW / p.OH * p.sn + h * p.sh + w * p.sw, 4);
+    std::vector<float> two = std::vector<float>(2 * up(p.C, 16));   // put_all takes two rows by turns
+    template <class K> V operator()(long i, long c, K) const {
+      float* patch = const_cast<float*>(&two[i % 2 * two.size() / 2]);
+      if (c == 0) p.copy(first + i, patch);
+      return load(patch + c);
     }
   };
   From from(long row) const { return {*this, row}; }
@@ -289,158 +466,130 @@ struct Patches {                                    // row (n, oh, ow), column (
 
 inline long chunk_rows(long words_a_row) { return std::max(48L, 65536 / words_a_row / 48 * 48); }  // fits in L2
 
-// m rows of scratch to y, and their statistics.
-template <class T> void finish(const float* C, long ldc, T* y, long m, long N, Sums& sums, long t) {
-  for (long c = 0; c < N; c += 16) {
-    const V center = sums.center(t, c, rounded<T>(load(C + c)));
-    V s1 = _mm512_setzero_ps(), s2 = s1;
-    for (long r = 0; r < m; r++) {
-      const V d = _mm512_sub_ps(rounded<T>(load(C + r * ldc + c)), center);
-      s1 = _mm512_add_ps(s1, d), s2 = _mm512_fmadd_ps(d, d, s2);
-    }
-    sums.add(t, c, s1, s2);
-  }
-  sums.count[t] += m;
-  for (long r = 0; r < m; r++)
-    blocks(N, [&](long c, auto k) { store(y + r * N + c, load(C + r * ldc + c), k); });
-}
-
+// y (M, N) = input (M, K) times the weight (N, K), transposed.
 template <class T, class F>
-void dense_forward(const F& input, const float* W, T* y, Sums& sums, long M, long K, long N) {
-  const long Kp = up(K, 16), Np = up(N, 16), chunk = chunk_rows(K + N);
-  const std::vector<float> P = pack<T>(W, K, N, 1, K);
+void dense_forward(const F& input, const float* weight, const Output<T>& y, Sums& sums, long M, long K, long N) {
+  const long Kp = up(K, 16), Np = up(N, 16), chunk = chunk_rows(K + N), kw = up(K, per<T>) / per<T>;
+  const Packed<T> B(K, N, [=](long r, long c, auto k) {
+    float column[16] = {};
+    for (long j = 0; j < count(k); j++) column[j] = weight[(c + j) * K + r];
+    return load(column);
+  });
   split(M, [&](long t, long begin, long end) {
-    std::vector<float> A(chunk * Kp / per<T>), C(chunk * Np);
+    const Buffer words(chunk * Kp / per<T>);
+    const Matrix A{words, Kp / per<T>, 16 / per<T>};
     for (long r0 = begin; r0 < end; r0 += chunk) {
       const long m = std::min(chunk, end - r0);
-      put_all<T>(input.from(r0), A.data(), nullptr, Kp, K, m);
-      gemm<T>(m, Np / 16, (K + per<T> - 1) / per<T>, A.data(), Kp / per<T>, 1, P.data(), Np, C.data(), Np, false);
-      finish(C.data(), Np, y + r0 * N, m, N, sums, t);
+      put_all<T>(input.from(r0), &A, nullptr, K, m);
+      product<T>(m, Np, kw, {A.at, A.row, 1}, B, [&](long r, long rows, long c, const float* tile) {
+        keep(tile, y, r0 + r, rows, c, sums, t, r0 + r == begin);
+      });
     }
+    sums.count[t] = end - begin;
   });
 }
 
-// g = dL/dz from dL/da = da(row, channel, lanes): zero where the clamp holds. Also the two sums of
-// BatchNorm's backward. s is scratch.
+// dL/dy (M, N) from g and y. dW (N, K) = dL/dy^T a, and g_in = dL/dz of the input, which the image has not.
 template <class T, class F>
-void through_clamp(const F da, const Normed<T> a, const T* skip, T* g, long m, std::vector<float>& s, Sums& sums,
-                   long t) {
-  const long Cp = up(a.C, 16);
-  s.assign(2 * Cp, 0);
-  float *s1 = s.data(), *s2 = s1 + Cp;
-  for (long r = 0; r < m; r++)
-    blocks(a.C, [=](long c, auto k) {
-      const long at = r * a.C + c;
-      const V y = load(a.y + at, k), v = _mm512_maskz_mov_ps(a.inside(a.z(y, c, k)), da(r, c, k));
-      if (g) store(g + at, skip ? _mm512_add_ps(v, load(skip + at, k)) : v, k);
-      store(s1 + c, _mm512_add_ps(load(s1 + c), v));
-      store(s2 + c, _mm512_fmadd_ps(v, _mm512_sub_ps(y, load(a.n.mean + c, k)), load(s2 + c)));
-    });
-  for (long c = 0; c < Cp; c += 16) sums.add(t, c, load(s1 + c), load(s2 + c));
-}
-
-// dL/dy from g and y, dW (N, K) = dL/dy^T a, and g_in = dL/dz of the input. For the image g_in is null.
-template <class T, class F>
-void dense_backward(const F& input, const Normed<T>& a, const Sloped<T>& dy, const float* W, const T* skip, T* g_in,
-                    float* dW, Sums& sums, long M, long K, long N) {
-  const long Kp = up(K, 16), Np = up(N, 16), chunk = chunk_rows(2 * K + N), n = at::get_num_threads();
-  const std::vector<float> P = g_in ? pack<T>(W, N, K, K, 1) : std::vector<float>();
-  std::vector<float> dWs(n * N * Kp);
+void dense_backward(const F& input, const Normed<T>& a, const Sloped<T>& dy, const float* weight, const T* skip,
+                    const Output<T>* g_in, float* dW, Sums& sums, long M, long K, long N) {
+  const long Kp = up(K, 16), Np = up(N, 16), chunk = chunk_rows(K + N), n = at::get_num_threads();
+  const Packed<T> B(g_in ? N : 0, K, [=](long r, long c, auto k) { return load(weight + r * K + c, k); });
+  const Buffer dWs(n * N * Kp, 0);                  // of each thread, in panels
   split(M, [&](long t, long begin, long end) {
-    std::vector<float> G(chunk * Np), G2(per<T> == 2 ? chunk * Np / 2 : 0), A(chunk * Kp / per<T>), X(chunk * Kp);
-    std::vector<float> s;
-    float* pairs = per<T> == 2 ? G2.data() : G.data();
-    const auto da = [x = X.data(), Kp](long r, long c, auto) { return load(x + r * Kp + c); };
+    const Buffer dy_words(chunk * Np), dy_pairs(per<T> == 2 ? chunk * Np / 2 : 0), a_words(chunk * Kp / per<T>);
+    const Matrix by_row{dy_words, Np / per<T>, 16 / per<T>}, transposed{per<T> == 2 ? dy_pairs : dy_words, Np, 16};
+    const Matrix panels{a_words, 16, chunk / per<T> * 16};
     for (long r0 = begin; r0 < end; r0 += chunk) {
       const long m = std::min(chunk, end - r0);
-      put_all<T>(dy.from(r0), G.data(), pairs, Np, N, m);
-      put_all<T>(input.from(r0), per<T> == 1 ? A.data() : nullptr, A.data(), Kp, K, m);
-      gemm<T>(N, Kp / 16, (m + per<T> - 1) / per<T>, pairs, 1, Np, A.data(), Kp, &dWs[t * N * Kp], Kp, true);
+      put_all<T>(dy.from(r0), &by_row, &transposed, N, m);
+      put_all<T>(input.from(r0), nullptr, &panels, K, m);
+      add_product<T>(N, Kp, up(m, per<T>) / per<T>, {transposed.at, 1, transposed.row}, {panels.at, panels.block},
+                     dWs + t * N * Kp);
       if (!g_in) continue;
-      gemm<T>(m, Kp / 16, (N + per<T> - 1) / per<T>, G.data(), Np / per<T>, 1, P.data(), Kp, X.data(), Kp, false);
-      through_clamp(da, a.from(r0), skip ? skip + r0 * K : nullptr, g_in + r0 * K, m, s, sums, t);
+      product<T>(m, Kp, up(N, per<T>) / per<T>, {by_row.at, by_row.row, 1}, B,
+                 [&](long r, long rows, long c, const float* tile) {
+        through_clamp([=](long i, auto) ALWAYS_INLINE { return load(tile + i * 16); }, a, skip, g_in, r0 + r, rows, c,
+                      sums, t);
+      });
     }
   });
   at::parallel_for(0, N, 64, [&](long b, long e) {
     for (long i = b; i < e; i++)
-      for (long k = 0; k < K; k++) {
-        float v = 0;
-        for (long t = 0; t < n; t++) v += dWs[(t * N + i) * Kp + k];
-        dW[i * K + k] = v;
-      }
+      blocks(K, [&](long c, auto k) {
+        V v = all(0);
+        for (long t = 0; t < n; t++) v = v + load(dWs + t * N * Kp + c * N + i * 16);
+        store(dW + i * K + c, v, k);
+      });
   });
 }
 
-// ---- depthwise 3x3 convolution, padding 1, stride 1 or 2 ---------------------------------------------------------
+// ---- depthwise 3x3 convolution, padding 1, stride 1 or 2 -----------------------------------------------
 // Rows live in rings of three, in float, as [channel / 16][column][16]: the nine taps of a pixel are
 // neighbours. A ring holds the image's row `row` at slot row % 3. fill(row, buffer) makes a row when it
 // is first needed. Rows outside the image are zero.
 struct Ring {
   long size, held[3] = {-1, -1, -1};
-  std::vector<float> buffer;
-  explicit Ring(long size) : size(size), buffer(4 * size) {}
+  Buffer buffer;
+  explicit Ring(long size) : size(size), buffer(4 * size, 0) {}
   template <class F> const float* get(long image, long row, long rows, const F& fill) {
-    if (row < 0 || row >= rows) return &buffer[3 * size];
+    if (row < 0 || row >= rows) return buffer + 3 * size;
     const long id = image * rows + row, slot = row % 3;
-    if (held[slot] != id) fill(id, &buffer[slot * size]), held[slot] = id;
-    return &buffer[slot * size];
+    if (held[slot] != id) fill(id, buffer + slot * size), held[slot] = id;
+    return buffer + slot * size;
   }
 };
 
-inline std::vector<float> taps(const float* W, long C) {   // (C, 9) -> [C / 16][9][16], padded with zeros
-  std::vector<float> out(up(C, 16) * 9);
-  for (long c = 0; c < C; c++) for (long k = 0; k < 9; k++) out[c / 16 * 144 + k * 16 + c % 16] = W[c * 9 + k];
+inline Buffer taps(const float* weight, long C) {   // (C, 9) -> [C / 16][9][16], padded with zeros
+  Buffer out(up(C, 16) * 9, 0);
+  for (long c = 0; c < C; c++) for (long k = 0; k < 9; k++) out[c / 16 * 144 + k * 16 + c % 16] = weight[c * 9 + k];
   return out;
 }
 
 // A row from memory into scratch: `step` columns apart, after the column of zeros at its left.
 template <class F> inline void spread(const F value, float* to, long pitch, long columns, long step, long C) {
   for (long i = 0; i < columns; i++)
-    blocks(C, [=](long c, auto k) { store(to + c / 16 * pitch + 16 * (i * step + 1), value(i, c, k)); });
+    blocks(C, [=](long c, auto k) ALWAYS_INLINE {
+      store(to + c / 16 * pitch + 16 * (i * step + 1), value(i, c, k));
+    });
 }
 
-template <class T>                                  // 16 channels of one output row, and its statistics
-void depthwise_out(const float* a, const float* b, const float* c, const float* w, float* y, long OW, long s, long ch,
-                   Sums& sums, long t) {
-  V wk[9];
+// 16 channels of one output row. They go a register at a time: the nine weights fill nine registers.
+inline void depthwise_out(const float* const in[3], const float* weight, float* out, long OW, long s) {
+  for (int p = 0; p < REGS; p++, weight += W, out += W) {
+    const float *a = in[0] + p * W, *b = in[1] + p * W, *c = in[2] + p * W;
+    Reg wk[9];
 #pragma GCC unroll 9
-  for (int k = 0; k < 9; k++) wk[k] = load(w + 16 * k);
-  auto pixel = [=](long i) {
-    V v = _mm512_mul_ps(wk[0], load(a + 16 * i * s));
+    for (int j = 0; j < 9; j++) wk[j] = Reg::loadu(weight + 16 * j);
+    for (long i = 0; i < OW; i++) {
+      Reg v = wk[0] * Reg::loadu(a + 16 * i * s);
 #pragma GCC unroll 9
-    for (int k = 1; k < 9; k++)
-      v = _mm512_fmadd_ps(wk[k], load((k < 3 ? a : k < 6 ? b : c) + 16 * (i * s + k % 3)), v);
-    return rounded<T>(v);
-  };
-  const V center = sums.center(t, ch, pixel(0));
-  V s1 = _mm512_setzero_ps(), s2 = s1;
-  for (long i = 0; i < OW; i++) {
-    const V v = pixel(i), d = _mm512_sub_ps(v, center);
-    store(y + 16 * (i + 1), v);
-    s1 = _mm512_add_ps(s1, d), s2 = _mm512_fmadd_ps(d, d, s2);
+      for (int j = 1; j < 9; j++)
+        v = at::vec::fmadd(wk[j], Reg::loadu((j < 3 ? a : j < 6 ? b : c) + 16 * (i * s + j % 3)), v);
+      v.store(out + 16 * i);
+    }
   }
-  sums.add(t, ch, s1, s2);
 }
 
 template <class T>
-void depthwise_forward(const Normed<T>& input, const float* W, T* y, Sums& sums, long N, long H, long WI, long s) {
+void depthwise_forward(const Normed<T>& input, const float* weight, const Output<T>& y, Sums& sums, long N, long H,
+                       long WI, long s) {
   const long C = input.C, OH = (H - 1) / s + 1, OW = (WI - 1) / s + 1, pitch = (WI + 2) * 16;
-  const std::vector<float> w = taps(W, C);
+  const Buffer w = taps(weight, C);
   split(N * OH, [&](long t, long begin, long end) {
     Ring ring(up(C, 16) / 16 * pitch);
-    std::vector<float> out(ring.size);
+    const Buffer out(OW * 16);
     auto fill = [&](long row, float* to) { spread(input.from(row * WI), to, pitch, WI, 1, C); };
     for (long o = begin; o < end; o++) {
       const float* in[3];
       for (long k = 0; k < 3; k++) in[k] = ring.get(o / OH, o % OH * s - 1 + k, H, fill);
-      for (long c = 0, at = 0; c < C; c += 16, at += pitch)
-        depthwise_out<T>(in[0] + at, in[1] + at, in[2] + at, &w[c * 9], &out[at], OW, s, c, sums, t);
-      for (long i = 0; i < OW; i++)
-        blocks(C, [=, from = out.data()](long c, auto k) {
-          store(y + (o * OW + i) * C + c, load(from + c / 16 * pitch + 16 * (i + 1)), k);
-        });
-      sums.count[t] += OW;
+      for (long c = 0; c < C; c += 16) {
+        depthwise_out(in, w + c * 9, out, OW, s);
+        keep<T>(out, y, o * OW, OW, c, sums, t, o == begin);
+        for (auto& row : in) row += pitch;
+      }
     }
+    sums.count[t] = (end - begin) * OW;
   });
 }
 
@@ -448,49 +597,51 @@ void depthwise_forward(const Normed<T>& input, const float* W, T* y, Sums& sums,
 // same visit. Rows of dL/dy are spread to the input's columns, with zeros between them where the stride
 // is 2. Bit kh of ROWS says whether there is a row for kh.
 template <int ROWS>
-void depthwise_in(const float* d0, const float* d1, const float* d2, const float* w, const float* a, float* da, float* dw,
-                  long WI) {
-  V wk[9], acc[9];
+void depthwise_in(const float* const d[3], const float* weight, const float* a, float* da, float* dw, long WI) {
+  for (int p = 0; p < REGS; p++, weight += W, a += W, da += W, dw += W) {
+    const float *d0 = d[0] + p * W, *d1 = d[1] + p * W, *d2 = d[2] + p * W;
+    Reg acc[9];
 #pragma GCC unroll 9
-  for (int k = 0; k < 9; k++) wk[k] = load(w + 16 * k), acc[k] = load(dw + 16 * k);
-  for (long i = 0; i < WI; i++) {
-    const V av = load(a + 16 * (i + 1));
-    V v = _mm512_setzero_ps();
+    for (int j = 0; j < 9; j++) acc[j] = Reg::loadu(dw + 16 * j);
+    for (long i = 0; i < WI; i++) {
+      const Reg av = Reg::loadu(a + 16 * (i + 1));
+      Reg v(0.f);
 #pragma GCC unroll 9
-    for (int k = 0; k < 9; k++) if (ROWS >> k / 3 & 1) {
-      const V d = load((k < 3 ? d0 : k < 6 ? d1 : d2) + 16 * (i + 2 - k % 3));
-      v = _mm512_fmadd_ps(d, wk[k], v), acc[k] = _mm512_fmadd_ps(d, av, acc[k]);
+      for (int j = 0; j < 9; j++) if (ROWS >> j / 3 & 1) {
+        const Reg dv = Reg::loadu((j < 3 ? d0 : j < 6 ? d1 : d2) + 16 * (i + 2 - j % 3));
+        v = at::vec::fmadd(dv, Reg::loadu(weight + 16 * j), v), acc[j] = at::vec::fmadd(dv, av, acc[j]);
+      }
+      v.store(da + 16 * i);
     }
-    store(da + 16 * (i + 1), v);
-  }
 #pragma GCC unroll 9
-  for (int k = 0; k < 9; k++) store(dw + 16 * k, acc[k]);
+    for (int j = 0; j < 9; j++) acc[j].store(dw + 16 * j);
+  }
 }
 
 template <class T>
-void depthwise_backward(const Normed<T>& input, const Sloped<T>& dy, const float* W, T* g_in, float* dW, Sums& sums,
-                        long N, long H, long WI, long s) {
+void depthwise_backward(const Normed<T>& input, const Sloped<T>& dy, const float* weight, const Output<T>& g_in,
+                        float* dW, Sums& sums, long N, long H, long WI, long s) {
   const long C = input.C, Cp = up(C, 16), OH = (H - 1) / s + 1, OW = (WI - 1) / s + 1, pitch = (WI + 2) * 16;
   const long n = at::get_num_threads();
-  const std::vector<float> w = taps(W, C);
-  std::vector<float> dWs(n * Cp * 9);
+  const Buffer w = taps(weight, C);
+  const Buffer dWs(n * Cp * 9, 0);
   split(N * H, [&](long t, long begin, long end) {
     Ring ring(Cp / 16 * pitch);
-    std::vector<float> a(ring.size), da(ring.size), s1;
-    const auto value = [p = da.data(), pitch](long i, long c, auto) {
-      return load(p + c / 16 * pitch + 16 * (i + 1));
-    };
+    const Buffer a(ring.size), da(WI * 16);
     auto fill = [&](long row, float* to) { spread(dy.from(row * OW), to, pitch, OW, s, C); };
     for (long r = begin; r < end; r++) {
       const float* d[3] = {};
       int some = 0;                                 // y row o meets input row r through kh = r + 1 - o*s
       for (long k = 0; k < 3; k++) if ((r % H + 1 - k) % s == 0)
         d[k] = ring.get(r / H, (r % H + 1 - k) / s, OH, fill), some |= 1 << k;
-      spread(input.from(r * WI), a.data(), pitch, WI, 1, C);
-      for (long c = 0, at = 0; c < C; c += 16, at += pitch)
-        (some == 7 ? depthwise_in<7> : some == 2 ? depthwise_in<2> : depthwise_in<5>)(
-            d[0] + at, d[1] + at, d[2] + at, &w[c * 9], &a[at], &da[at], &dWs[t * Cp * 9 + c * 9], WI);
-      through_clamp(value, input.from(r * WI), (const T*)nullptr, g_in + r * WI * C, WI, s1, sums, t);
+      spread(input.from(r * WI), a, pitch, WI, 1, C);
+      const auto run = some == 7 ? depthwise_in<7> : some == 2 ? depthwise_in<2> : depthwise_in<5>;
+      for (long c = 0, at = 0; c < C; c += 16, at += pitch) {
+        run(d, w + c * 9, a + at, da, dWs + t * Cp * 9 + c * 9, WI);
+        through_clamp([&](long i, auto) ALWAYS_INLINE { return load(da + i * 16); }, input, (const T*)nullptr, &g_in,
+                      r * WI, WI, c, sums, t);
+        for (auto& row : d) row += pitch;
+      }
     }
   });
   for (long c = 0; c < C; c++) for (long k = 0; k < 9; k++) {
@@ -500,17 +651,24 @@ void depthwise_backward(const Normed<T>& input, const Sloped<T>& dy, const float
   }
 }
 
-// ---- operators -------------------------------------------------------------------------------------------------
-template <class F> void dispatch(const Tensor& t, const F& f) { t.scalar_type() == at::kFloat ? f(float()) : f(BF()); }
+// ---- operators ---------------------------------------------------------------------------------------
+template <class F> void dispatch(const Tensor& t, const F& f) {
+#ifdef CPU_CAPABILITY_AVX512
+  if (t.scalar_type() == at::kBFloat16) return f(BF());
+#endif
+  TORCH_CHECK(t.scalar_type() == at::kFloat, "kd_blocks: activations in ", t.scalar_type(), " need AVX-512");
+  f(float());
+}
 template <class T> const T* in(const Tensor& t) { return t.const_data_ptr<T>(); }
 template <class T> const T* in(OptTensor t) { return t ? t->const_data_ptr<T>() : nullptr; }
 Tensor identity(long C) {
   return at::tensor({0.f, 1.f, 1.f, 0.f}).unsqueeze(1).expand({4, C}).contiguous();
 }
 constexpr double inf = std::numeric_limits<double>::infinity();
+constexpr auto NHWC = at::MemoryFormat::ChannelsLast;
 bool is_depthwise(const Tensor& w) { return w.size(1) == 1 && w.size(2) == 3; }
 
-// x is y_{i-1}, and norm its norm; or x is the image, a float tensor of any layout. Returns y_i and its norm.
+// x is y_{i-1}, and norm its norm; or x is the image, in float. Returns y_i and its norm.
 std::tuple<Tensor, Tensor> conv_forward(const Tensor& x, OptTensor norm, double lo, double hi, const Tensor& w,
     long stride, bool image, const Tensor& gamma, const Tensor& beta, const Tensor& rmean, const Tensor& rvar,
     double momentum, double eps, bool half) {
@@ -518,17 +676,17 @@ std::tuple<Tensor, Tensor> conv_forward(const Tensor& x, OptTensor norm, double 
   const Norm nm(nt, norm ? lo : -inf, norm ? hi : inf);
   const long N = x.size(0), C = x.size(1), O = w.size(0), k = w.size(2);
   Tensor y = at::empty({N, O, (x.size(2) - 1) / stride + 1, (x.size(3) - 1) / stride + 1},
-                       x.options().dtype(half ? at::kBFloat16 : at::kFloat), at::MemoryFormat::ChannelsLast);
+                       x.options().dtype(half ? at::kBFloat16 : at::kFloat), NHWC);
   Sums sums(O, at::get_num_threads());
-  const Tensor plain = w.contiguous();              // a channels_last weight is not (O, C*k*k) in memory
-  const float* W = in<float>(plain);
+  const Tensor weight = w.contiguous(NHWC);
+  const float* wp = in<float>(weight);
   const long M = y.numel() / O;
   dispatch(y, [&](auto v) {
     using T = decltype(v);
-    T* out = y.data_ptr<T>();
-    if (image) dense_forward<T>(Patches(x, k, stride), W, out, sums, M, C * k * k, O);
-    else if (is_depthwise(w)) depthwise_forward<T>({in<T>(x), C, nm}, W, out, sums, N, x.size(2), x.size(3), stride);
-    else dense_forward<T>(Normed<T>{in<T>(x), C, nm}, W, out, sums, M, C, O);
+    const Output<T> out(y);
+    if (image) dense_forward(Patches(x, k, stride), wp, out, sums, M, C * k * k, O);
+    else if (is_depthwise(w)) depthwise_forward({in<T>(x), C, nm}, wp, out, sums, N, x.size(2), x.size(3), stride);
+    else dense_forward(Normed<T>{in<T>(x), C, nm}, wp, out, sums, M, C, O);
   });
   return {y, sums.norm(gamma, beta, rmean, rvar, momentum, eps)};
 }
@@ -540,19 +698,20 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(const Tensor& g, const Tensor& 
   const Tensor nt = norm ? *norm : identity(x.size(1));
   const Norm nm(nt, norm ? lo : -inf, norm ? hi : inf);
   const long N = x.size(0), C = x.size(1), O = w.size(0), k = w.size(2), M = y.numel() / O;
-  const Tensor plain = w.contiguous();
-  Tensor g_in = image ? Tensor() : at::empty_like(x), dw = at::empty(w.sizes(), w.options());
+  const Tensor weight = w.contiguous(NHWC);
+  Tensor g_in = image ? Tensor() : at::empty_like(x), dw = at::empty(w.sizes(), w.options(), NHWC);
   Sums sums(C, at::get_num_threads());
-  const float *W = in<float>(plain), *coef = in<float>(slope);
+  const float *wp = in<float>(weight), *coef = in<float>(slope);
   float* dW = dw.data_ptr<float>();
   dispatch(y, [&](auto v) {
     using T = decltype(v);
     const Sloped<T> dy{in<T>(g), in<T>(y), O, coef};
     const Normed<T> a{image ? nullptr : in<T>(x), C, nm};
-    T* to = image ? nullptr : g_in.data_ptr<T>();
-    if (image) dense_backward<T>(Patches(x, k, stride), a, dy, W, nullptr, to, dW, sums, M, C * k * k, O);
-    else if (is_depthwise(w)) depthwise_backward<T>(a, dy, W, to, dW, sums, N, x.size(2), x.size(3), stride);
-    else dense_backward<T>(a, a, dy, W, in<T>(skip), to, dW, sums, M, C, O);
+    if (image)
+      return dense_backward<T>(Patches(x, k, stride), a, dy, wp, nullptr, nullptr, dW, sums, M, C * k * k, O);
+    const Output<T> to(g_in);
+    if (is_depthwise(w)) depthwise_backward(a, dy, wp, to, dW, sums, N, x.size(2), x.size(3), stride);
+    else dense_backward(a, a, dy, wp, in<T>(skip), &to, dW, sums, M, C, O);
   });
   return {g_in, dw, sums.slope(nm, x.numel() / C)};
 }
@@ -570,9 +729,9 @@ Tensor norm_forward(const Tensor& y, const Tensor& norm, double lo, double hi, O
       const T* sp = skip ? in<T>(skip) + begin * C : nullptr;
       T* op = out.data_ptr<T>() + begin * C;
       for (long r = 0; r < end - begin; r++)
-        blocks(C, [=](long c, auto m) {
-          const V v = a(r, c, m);
-          store(op + r * C + c, sp ? _mm512_add_ps(v, load(sp + r * C + c, m)) : v, m);
+        blocks(C, [=](long c, auto k) {
+          const V v = a(r, c, k);
+          store(op + r * C + c, sp ? v + load(sp + r * C + c, k) : v, k);
         });
     });
   });
@@ -585,18 +744,18 @@ std::tuple<Tensor, Tensor> norm_backward(const Tensor& da, const Tensor& y, cons
   const bool clamped = lo > -inf || hi < inf;
   Tensor g = clamped ? at::empty_like(y) : da;
   const Norm nm(norm, lo, hi);
-  const long C = y.size(1), chunk = chunk_rows(2 * C);
+  const long C = y.size(1), chunk = 48;
   Sums sums(C, at::get_num_threads());
   dispatch(y, [&](auto v) {
     using T = decltype(v);
-    const T *dp = in<T>(da), *yp = in<T>(y);
-    T* gp = clamped ? g.data_ptr<T>() : nullptr;
+    const T* dp = in<T>(da);
+    const Normed<T> a{in<T>(y), C, nm};
+    const Output<T> out(g);
     split(y.numel() / C, [&](long t, long begin, long end) {
-      std::vector<float> s;
-      for (long r0 = begin; r0 < end; r0 += chunk)
-        through_clamp([p = dp + r0 * C, C](long r, long c, auto k) { return load(p + r * C + c, k); },
-                      Normed<T>{yp + r0 * C, C, nm}, (const T*)nullptr, gp ? gp + r0 * C : nullptr,
-                      std::min(chunk, end - r0), s, sums, t);
+      for (long r = begin; r < end; r += chunk)
+        for (long c = 0; c < C; c += 16)
+          through_clamp([=](long i, auto k) ALWAYS_INLINE { return load(dp + (r + i) * C + c, k); }, a, (const T*)nullptr,
+                        clamped ? &out : nullptr, r, std::min(chunk, end - r), c, sums, t);
     });
   });
   return {g, sums.slope(nm, y.numel() / C)};

@@ -1,4 +1,4 @@
-"""A fused training step for timm's MobileNetV2-like models on CPUs with AVX-512.
+"""A fused training step for timm's MobileNetV2-like models on CPUs with AVX2 or AVX-512.
 
 A plain step on a CPU waits for memory. Around each convolution, BatchNorm and ReLU6 read and write
 the whole activation some ten times, forward and back. The kernels of blocks.cpp do their work while
@@ -6,8 +6,8 @@ the activation passes through the cache, as its header explains. Weights and mat
 
 `accelerate(model)` changes the class of the blocks that the kernels can run: 1x1 and depthwise 3x3
 convolutions, each followed by BatchNorm and ReLU, ReLU6 or nothing. The model's stem and head change
-likewise. The kernels run in training mode on the CPU, in float32 or under bfloat16 autocast. In all
-other cases, such as eval mode, timm's own forward runs.
+likewise. The kernels run in training mode on the CPU, in float32 or, with AVX-512, under bfloat16
+autocast. In all other cases, such as eval mode, timm's own forward runs.
 
 Parameters, buffers and their names stay, so checkpoints and saved folders do not depend on this file.
 One thing is lost: in training, forward hooks on the convolutions and norms inside a block do not fire.
@@ -31,18 +31,27 @@ BOUNDS = {nn.Identity: (-INF, INF), nn.ReLU: (0.0, INF), nn.ReLU6: (0.0, 6.0)}
 
 
 @functools.cache
-def _load_kernels() -> bool:
-    """Compile and load blocks.cpp, which makes torch.ops.kd_blocks. False where that cannot be."""
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return False
+def unavailable() -> str:
+    """Why the kernels cannot run on this machine, in one line; "" where they can.
+
+    The first call compiles blocks.cpp, which makes torch.ops.kd_blocks.
+    """
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability not in ("AVX2", "AVX512"):
+        return f"the fused blocks need a CPU with AVX2 or AVX-512; torch sees {capability}"
     flags = ["-ffp-contract=fast"]
-    if torch.cpu.get_capabilities()["avx512_bf16"]:
+    if capability == "AVX512" and torch.cpu.get_capabilities()["avx512_bf16"]:
         flags += ["-mavx512bf16"]
     try:
         build.load(Path(__file__).with_suffix(".cpp"), flags, seconds=30)
-    except build.BuildError:
-        return False
-    return True
+    except build.BuildError as error:
+        return f"the fused blocks cannot be compiled: {error}"
+    return ""
+
+
+def has_bf16() -> bool:
+    """Whether the kernels store and multiply bfloat16: with AVX-512 only."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 # ---- a chain of convolutions as one autograd function -----------------------------------------------
@@ -101,7 +110,7 @@ class _Chain(torch.autograd.Function):
 def _run_chain(x: Tensor, dtype: torch.dtype, layers: list[Layer], is_image: bool = False,
                residual: bool = False) -> Tensor:
     """The layers on x; activations are stored in `dtype`, float32 or bfloat16."""
-    x = x.float() if is_image else x.to(dtype).contiguous(memory_format=torch.channels_last)
+    x = (x.float() if is_image else x.to(dtype)).contiguous(memory_format=torch.channels_last)
     params = [p for conv, bn in layers for p in (conv.weight, bn.weight, bn.bias)]
     return _Chain.apply(x, layers, is_image, residual, dtype == torch.bfloat16, *params)
 
@@ -113,7 +122,8 @@ def _storage_dtype(x: Tensor) -> torch.dtype | None:
     if x.dtype not in (torch.float32, torch.bfloat16):
         return None
     if torch.is_autocast_enabled("cpu"):
-        return torch.bfloat16 if torch.get_autocast_dtype("cpu") == torch.bfloat16 else None
+        bf16 = torch.get_autocast_dtype("cpu") == torch.bfloat16 and has_bf16()
+        return torch.bfloat16 if bf16 else None
     return torch.float32 if x.dtype == torch.float32 else None
 
 
@@ -168,8 +178,8 @@ FUSED_BLOCKS = {InvertedResidual: FusedInvertedResidual,
 def accelerate(model: nn.Module) -> nn.Module:
     """Make the training step of `model` faster, in place, where the kernels can run it; returns it.
 
-    Nothing happens to a model on another device than the CPU, to a model of other blocks, on a CPU
-    without AVX-512, or without a C++ compiler. The first call compiles the kernels (half a minute).
+    Nothing happens to a model on another device than the CPU, to a model of other blocks, or where the
+    kernels are `unavailable`. The first call compiles them (half a minute).
     """
     if next(model.parameters()).device.type != "cpu":
         return model
@@ -177,7 +187,7 @@ def accelerate(model: nn.Module) -> nn.Module:
     stem_and_head = (type(model) is EfficientNet
                      and _is_supported(model.conv_stem, model.bn1, is_image=True)
                      and _is_supported(model.conv_head, model.bn2))
-    if not (blocks or stem_and_head) or not _load_kernels():
+    if not (blocks or stem_and_head) or unavailable():
         return model
     for block in blocks:
         block.__class__ = FUSED_BLOCKS[type(block)]
@@ -213,11 +223,11 @@ def _is_supported(conv: nn.Module, bn: nn.Module, is_image: bool = False) -> boo
 def slow_in_bf16(model: nn.Module) -> bool:
     """Whether CPUs train `model` faster in float32 than under bfloat16 autocast.
 
-    That is so for grouped convolutions outside the fused blocks.
+    That is so for grouped convolutions, except in fused blocks whose kernels know bfloat16.
     """
     if next(model.parameters()).device.type != "cpu":
         return False
-    blocks = [module for module in model.modules() if type(module) in FUSED_BLOCKS.values()]
+    blocks = [module for module in model.modules() if type(module) in FUSED_BLOCKS.values() and has_bf16()]
     fused = {id(part) for block in blocks for part in block.modules()}
     return any(isinstance(module, nn.Conv2d) and module.groups > 1 and id(module) not in fused
                for module in model.modules())

@@ -26,6 +26,12 @@ INSTRUCTION_SETS = {
 }
 
 
+def instruction_flags(capability: str) -> list[str]:
+    """Flags for one of torch's CPU capabilities: the instruction sets, and the width of at::vec's vectors."""
+    sets = [f"-m{name}" for name in INSTRUCTION_SETS.get(capability, ())]
+    return [*sets, f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
+
+
 class BuildError(Exception):
     """An extension cannot be compiled or loaded. The message is one line that says why."""
 
@@ -59,8 +65,7 @@ def _library(source: Path, flags: Sequence[str], seconds: int) -> Path:
     capability = torch.backends.cpu.get_cpu_capability()
     # -fopenmp is for the compiler only. The linker does not see it, so that the library uses the
     # OpenMP that torch has loaded, and no second pool of threads comes up.
-    flags = ["-O3", "-fopenmp", "-fno-math-errno", *flags]
-    flags += [f"-m{name}" for name in INSTRUCTION_SETS.get(capability, ())]
+    flags = ["-O3", "-fopenmp", "-fno-math-errno", *flags, *instruction_flags(capability)]
 
     # A new version of torch, other flags or another source give another file name.
     facts = repr((torch.__version__, flags)).encode() + source.read_bytes()

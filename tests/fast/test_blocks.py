@@ -1,17 +1,24 @@
 """The fused training step against timm's own modules: outputs, gradients, running statistics, names, determinism."""
 
 import copy
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 from torch import Tensor, nn
 
-from kd.fast import blocks
+from kd.fast import blocks, build
 
 NAMES = ["mobilenetv2_035", "mobilenetv2_050"]  # channel counts that are no multiple of 16 among them
-pytestmark = pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512",
-                                reason="the fused kernels need a CPU with AVX-512")
+pytestmark = pytest.mark.skipif(bool(blocks.unavailable()), reason=blocks.unavailable())
+on_x86 = pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="about x86 processors")
 
 
 def models(name: str) -> tuple[nn.Module, nn.Module, nn.Module]:
@@ -34,7 +41,8 @@ def step(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("shape", [(5, 3, 64, 64), (2, 3, 33, 47), (8, 3, 32, 32)])
+@pytest.mark.parametrize("shape", [(5, 3, 64, 64), (2, 3, 33, 47), (8, 3, 32, 32),
+                                   (6, 3, 128, 128)])  # so large that results are stored past the caches
 def test_a_training_step_is_the_plain_one_within_rounding(name, shape):
     exact, plain, fused = models(name)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
@@ -48,6 +56,19 @@ def test_a_training_step_is_the_plain_one_within_rounding(name, shape):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_outputs_and_gradients_are_closer_to_float64_than_those_of_the_plain_modules(name):
+    exact, plain, fused = models(name)
+    errors = []
+    for seed in range(5):
+        x = torch.randn((6, 3, 64, 64), generator=torch.Generator().manual_seed(seed))
+        (a, ga, _), (b, gb, _), (c, gc, _) = (step(model, x) for model in (exact, plain, fused))
+        errors.append([(b - a).norm().item(), (c - a).norm().item(), (gb - ga).norm().item(), (gc - ga).norm().item()])
+    plain_logits, fused_logits, plain_gradient, fused_gradient = torch.tensor(errors).median(dim=0).values
+    assert fused_logits < plain_logits and fused_gradient < plain_gradient
+
+
+@pytest.mark.skipif(not blocks.has_bf16(), reason="the kernels know bfloat16 on AVX-512 only")
+@pytest.mark.parametrize("name", NAMES)
 def test_in_bf16_the_step_is_no_less_exact_than_the_plain_modules_in_bf16(name):
     exact, plain, fused = models(name)
     x = torch.randn((8, 3, 64, 64), generator=torch.Generator().manual_seed(1))
@@ -60,9 +81,20 @@ def test_in_bf16_the_step_is_no_less_exact_than_the_plain_modules_in_bf16(name):
         assert torch.allclose(bc[key], value, rtol=2e-2, atol=2 * (bb[key] - value).abs().max().item() + 1e-3), key
 
 
+def test_under_autocast_a_processor_without_bf16_kernels_runs_the_plain_modules(monkeypatch):
+    monkeypatch.setattr(blocks, "has_bf16", lambda: False)
+    _, plain, fused = models("mobilenetv2_035")
+    x = torch.randn(4, 3, 64, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        (a, ga, _), (b, gb, _) = step(plain, x), step(fused, x)
+    assert torch.equal(a, b) and torch.equal(ga, gb)
+    assert blocks.slow_in_bf16(fused)
+
+
 @pytest.mark.parametrize("name, slow", [("mobilenetv2_050", False), ("test_resnet", False),
                                         ("efficientnet_lite0", True)])
-def test_plain_grouped_convolutions_are_slow_in_bf16(name, slow):
+def test_plain_grouped_convolutions_are_slow_in_bf16(name, slow, monkeypatch):
+    monkeypatch.setattr(blocks, "has_bf16", lambda: True)
     model = timm.create_model(name, num_classes=3)
     assert blocks.slow_in_bf16(blocks.accelerate(model)) == slow
 
@@ -89,3 +121,52 @@ def test_a_model_of_other_pieces_is_left_alone():
     model = timm.create_model("test_resnet", num_classes=3)
     before = [type(module) for module in model.modules()]
     assert [type(module) for module in blocks.accelerate(model).modules()] == before
+
+
+# ---- other processors than this one ----------------------------------------------------------------
+
+def run_as(capability: str, *command: str) -> str:
+    """What Python prints on a processor whose instruction sets end at `capability`."""
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+    done = subprocess.run([sys.executable, *command], env=environment, text=True, capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@on_x86
+def test_the_code_for_avx2_is_as_exact_where_the_processor_could_do_more():
+    chosen = "plain_one_within_rounding and 035 or closer_to_float64 and 050"
+    out = run_as("avx2", "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", __file__, "-k", chosen)
+    assert "5 passed" in out and "skipped" not in out
+
+
+@on_x86
+def test_a_processor_without_avx2_keeps_the_plain_modules():
+    out = run_as("default", "-c", "import timm; from kd.fast import blocks\n"
+                 "model = blocks.accelerate(timm.create_model('mobilenetv2_035', num_classes=3))\n"
+                 "print(type(model).__name__, blocks.unavailable())")
+    assert out == "EfficientNet the fused blocks need a CPU with AVX2 or AVX-512; torch sees DEFAULT\n"
+
+
+@on_x86
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "AVX512", reason="the other tests run it")
+@pytest.mark.skipif(not shutil.which("g++"), reason="no GNU compiler")
+def test_the_code_for_avx512_compiles_and_multiplies_bf16_pairs(tmp_path):
+    from torch.utils import cpp_extension
+    folders = [*cpp_extension.include_paths(), sysconfig.get_path("include")]
+    subprocess.run(["g++", "-std=c++20", "-O1", "-S", str(Path(blocks.__file__).with_suffix(".cpp")),
+                    *build.instruction_flags("AVX512"), "-mavx512bf16", "-o", "blocks.s",
+                    *(f"-I{folder}" for folder in folders)], cwd=tmp_path, check=True)
+    assembly = (tmp_path / "blocks.s").read_text()
+    assert "vdpbf16ps" in assembly and "zmm" in assembly
+
+
+def test_where_nothing_can_be_compiled_the_reason_is_one_line_and_models_stay_plain(monkeypatch):
+    def fails(*arguments, **named):
+        raise build.BuildError("c++: not found")
+
+    monkeypatch.setattr(build, "load", fails)
+    monkeypatch.setattr(blocks, "unavailable", blocks.unavailable.__wrapped__)  # without what it remembers
+    assert blocks.unavailable() == "the fused blocks cannot be compiled: c++: not found"
+    model = timm.create_model("mobilenetv2_035", num_classes=3)
+    assert type(blocks.accelerate(model)) is type(timm.create_model("mobilenetv2_035"))

@@ -52,6 +52,14 @@ def test_a_library_in_the_cache_is_not_built_again_but_other_flags_make_another(
     assert built == 2 and loaded[2] != loaded[0]
 
 
+@pytest.mark.parametrize("capability, flags", [
+    ("AVX2", ["-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2"]),
+    ("DEFAULT", ["-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT"]),
+])
+def test_the_flags_name_the_instruction_sets_and_the_width_of_the_vectors(capability, flags):
+    assert build.instruction_flags(capability) == flags
+
+
 COMPILER = ("gcc", "g++", "cc", "as", "ld")
 
 
