@@ -208,12 +208,12 @@ def folder_layout(root: Path) -> Layout | None:
         root = folders[0]
         folders = [path for path in visible(root) if path.is_dir()]
 
-    splits, left_out = rename_splits(str(root), {path.name: path for path in folders if split_called(path.name)})
-    if splits:
-        left_out = [path.name for path in folders if path not in splits.values()]
-        has_classes = any(path.is_dir() for folder in splits.values() for path in visible(folder))
-        return Layout(splits, left_out, whole=False) if has_classes else None
-    if len(folders) > 1 and any(_holds_a_file(folder) for folder in folders):
+    others = [path.name for path in folders if not split_called(path.name)]
+    split_folders = {path.name: path for path in folders if split_called(path.name)}
+    if any(path.is_dir() for folder in split_folders.values() for path in visible(folder)):
+        return Layout(rename_splits(str(root), split_folders)[0], others, whole=False)
+    # A class may also be called train, as among vehicles. Two others tell it from a split of loose pictures.
+    if len(others) > 1 and any(_holds_a_file(folder) for folder in folders):
         return Layout({"train": root}, [], whole=True)
     return None
 

@@ -97,6 +97,8 @@ def hub_id(name: str) -> str | None:
 
 def _open(name: str, reading: Reading, say: Say) -> Dataset:
     """The dataset with the splits that its source has."""
+    if not name.strip():
+        raise BadInput("--dataset is empty; give leaves, beans, a Hub id or a folder")
     folder = Path(name).expanduser()
     with _errors_in_one_line(name):
         if name == "leaves":
@@ -200,6 +202,7 @@ def _open_pictures_with_metadata(root: Path, metadata: list[Path], reading: Read
     links, table = links_of(root, reading.follow_links), metadata[0].name
     for path in metadata:
         links.check(path)
+        tables.check_metadata(path)
     if metadata[0].parent == root:
         builder = tables.load_builder(str(root), "imagefolder", data_dir=os.path.realpath(root))
     else:

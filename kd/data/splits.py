@@ -19,6 +19,8 @@ def with_three_splits(dataset: Dataset, say: Say) -> Dataset:
     carved. Raises BadInput for labels that cannot be used.
     """
     name, classes = dataset.name, dataset.classes
+    for alike in _look_alikes(classes):
+        say(f"{name}: {' and '.join(map(repr, alike))} are different classes; rename them if that is wrong")
     splits = {}
     for split, samples in dataset.splits.items():
         if (samples.labels < 0).all():
@@ -104,6 +106,14 @@ def _look_alike(name: str, others: tuple[str, ...]) -> str:
     """A class that differs only in case or in spaces around it, in brackets; else nothing."""
     similar = [other for other in others if other.casefold().strip() == name.casefold().strip()]
     return f" (it has {similar[0]!r}: if that is the same class, rename one)" if similar else ""
+
+
+def _look_alikes(classes: tuple[str, ...]) -> list[list[str]]:
+    """Groups of classes that differ only in case or in spaces around them."""
+    groups: dict[str, list[str]] = {}
+    for label in classes:
+        groups.setdefault(label.casefold().strip(), []).append(label)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 # Carving

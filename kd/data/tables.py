@@ -65,10 +65,23 @@ def metadata_columns(path: Path) -> list[str]:
     if path.suffix == ".parquet":
         import pyarrow.parquet
         return pyarrow.parquet.read_schema(path).names
-    with open(path, encoding="utf-8-sig") as file:
+    with open(path, encoding="utf-8-sig", newline="") as file:
         if path.suffix == ".csv":
             return next(csv.reader(file), [])
         return list(json.loads(file.readline() or "{}"))
+
+
+def check_metadata(path: Path) -> None:
+    """Raise BadInput for a metadata table without the column `file_name`, without rows, or in another encoding."""
+    try:
+        columns = metadata_columns(path)
+        if path.suffix == ".csv" and len(path.read_text("utf-8-sig").splitlines()) < 2:
+            raise BadInput(f"{path}: has no rows; it needs one for each picture")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path}: not in UTF-8; save it as UTF-8") from error
+    if not any(column.endswith(("file_name", "file_names")) for column in columns):
+        raise BadInput(f"{path}: has no column file_name; its columns: {', '.join(columns)} (they are separated by "
+                       "commas, and capital letters matter)")
 
 
 # Columns

@@ -101,6 +101,21 @@ def test_split_folders_under_the_names_that_people_use(tmp_path, names):
                               f"test from {names[2]}")
 
 
+def test_a_class_may_be_called_train(tmp_path):
+    root = image_folder(tmp_path / "vehicles", **{"": {"bus": 10, "car": 10, "train": 12}})
+    dataset, _ = open_and_listen(root)
+    assert dataset.classes == ("bus", "car", "train") and dataset.whole
+    assert sum(map(len, dataset.splits.values())) == 32
+    refused(image_folder(tmp_path / "loose", **{"": {"train": 3, "test": 3, "docs": 1}}), "no images in a layout")
+
+
+def test_classes_that_look_alike_are_named(tmp_path):
+    dataset, said = open_and_listen(image_folder(tmp_path / "set", train={"Dog": 9, "cat": 9, "dog": 9}, val={"cat": 1},
+                                                 test={"cat": 1}))
+    assert dataset.classes == ("Dog", "cat", "dog")
+    assert said == ["set: 'Dog' and 'dog' are different classes; rename them if that is wrong"]
+
+
 def test_a_folder_that_is_no_split_is_left_out_and_named(tmp_path):
     root = image_folder(tmp_path / "fruits", **FULL, **{"test-multiple_fruits": {"a": 3, "b": 3}})
     dataset, said = open_and_listen(root)

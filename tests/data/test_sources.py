@@ -88,6 +88,10 @@ def test_real_photographs():
     assert isinstance(last, bytes) and Image.open(io.BytesIO(last)).size == (500, 500)
 
 
+def test_an_empty_name_is_not_the_folder_that_one_works_in():
+    refused("", "^--dataset is empty; give leaves, beans, a Hub id or a folder")
+
+
 # The Hub
 
 def test_names_that_are_nearly_known():

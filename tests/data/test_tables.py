@@ -275,6 +275,19 @@ def test_class_folders_beside_a_table_without_labels_are_read(tmp_path):
     assert said == ["set: metadata.csv has no column called label; the class folders are read"]
 
 
+@pytest.mark.parametrize("content, message", [
+    (b"file_name,label\n", "has no rows; it needs one for each picture"),
+    (b"file_name;label\n0.jpg;x\n", "has no column file_name; its columns: file_name;label .they are separated by"),
+    (b"FILE_NAME,label\n0.jpg,x\n", "has no column file_name; its columns: FILE_NAME, label"),
+    ("file_name,label\n0.jpg,caf\xe9\n".encode("latin-1"), "not in UTF-8; save it as UTF-8"),
+    ("file_name,label\n0.jpg,x\n".encode("utf-16"), "not in UTF-8; save it as UTF-8"),
+])
+def test_metadata_that_cannot_be_used_is_named(tmp_path, content, message):
+    (tmp_path / "metadata.csv").write_bytes(content)
+    (tmp_path / "0.jpg").write_bytes(jpeg(0))
+    refused(tmp_path, f"{tmp_path}/metadata.csv: {message}")
+
+
 # Storage
 
 def test_a_table_that_was_cloned_without_git_lfs(tmp_path):
