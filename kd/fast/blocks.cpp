@@ -85,8 +85,10 @@ struct Streamed : All {};
 #ifdef CPU_CAPABILITY_AVX2
 constexpr bool STREAMS = true;
 INLINE void store(float* p, int i, Reg v, Streamed) { _mm256_stream_ps(p + i * W, v); }
+inline void finish_streams() { _mm_sfence(); }      // before another thread reads
 #else
 constexpr bool STREAMS = false;
+inline void finish_streams() {}
 #endif
 constexpr long STREAMED_BYTES = 4 << 20;
 
@@ -272,18 +274,25 @@ template <class T> INLINE void put(const Matrix* channels, const Matrix* rows, l
 // keep the coefficients in registers, but it jumps from row to row, which no prefetcher follows: it takes
 // twice as long.
 template <class T, class F>
-INLINE void put_all(const F value, const Matrix* channels, const Matrix* rows, long C, long m) {
-  for (long r = 0; r < m; r += 2)
-    blocks(C, [&](long c, auto k) ALWAYS_INLINE {
-      put<T>(channels, rows, r, c, value(r, c, k), r + 1 < m ? value(r + 1, c, k) : all(0));
-    });
+INLINE void put_all(const F& value, const Matrix* channels, const Matrix* rows, long C, long m) {
+  if constexpr (per<T> == 1) {
+    const Matrix to = channels ? *channels : *rows;
+    for (long r = 0; r < m; r++)
+      blocks(C, [&](long c, auto k) ALWAYS_INLINE { store(to.of(r, c), value(r, c, k)); });
+  } else {
+    for (long r = 0; r < m; r += 2)
+      blocks(C, [&](long c, auto k) ALWAYS_INLINE {
+        put<T>(channels, rows, r, c, value(r, c, k), r + 1 < m ? value(r + 1, c, k) : all(0));
+      });
+  }
 }
 
 // A weight as B: row r, column c is value(r, c), and zero beyond (R, C).
 template <class T> struct Packed {
   long size;
   Buffer words;
-  template <class F> Packed(long R, long C, const F value) : size(up(R, 2) / per<T> * 16), words(up(C, 16) / 16 * size) {
+  template <class F>
+  Packed(long R, long C, const F value) : size(up(R, 2) / per<T> * 16), words(up(C, 16) / 16 * size) {
     const Matrix panels{words, 16, size};
     at::parallel_for(0, up(C, 16) / 16, 1, [&](long b, long e) {
       for (long c = b * 16; c < e * 16; c += 16)
@@ -386,6 +395,7 @@ template <class F> void split(long rows, const F& f) {     // f(t, first, last):
   const long n = at::get_num_threads();
   at::parallel_for(0, n, 1, [&](long b, long e) {
     for (long t = b; t < e; t++) f(t, rows * t / n, rows * (t + 1) / n);
+    finish_streams();
   });
 }
 
@@ -754,8 +764,8 @@ std::tuple<Tensor, Tensor> norm_backward(const Tensor& da, const Tensor& y, cons
     split(y.numel() / C, [&](long t, long begin, long end) {
       for (long r = begin; r < end; r += chunk)
         for (long c = 0; c < C; c += 16)
-          through_clamp([=](long i, auto k) ALWAYS_INLINE { return load(dp + (r + i) * C + c, k); }, a, (const T*)nullptr,
-                        clamped ? &out : nullptr, r, std::min(chunk, end - r), c, sums, t);
+          through_clamp([=](long i, auto k) ALWAYS_INLINE { return load(dp + (r + i) * C + c, k); }, a,
+                        (const T*)nullptr, clamped ? &out : nullptr, r, std::min(chunk, end - r), c, sums, t);
     });
   });
   return {g, sums.slope(nm, y.numel() / C)};
