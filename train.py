@@ -101,8 +101,8 @@ class Config:
     amp: str = flag("auto", "mixed precision", ("auto", "off", "bf16", "fp16"))
     compile: str = flag("auto", "torch.compile the training (auto: on CUDA, where that works)",
                         ("auto", "on", "off"))
-    kernels: str = flag("auto", "fused kernels (kd/fast) and a tuned allocator; off: plain PyTorch",
-                        ("auto", "off"))
+    kernels: str = flag("auto", "fused kernels (kd/fast) and a tuned allocator where they run; on: or "
+                        "refuse; off: plain PyTorch", ("auto", "on", "off"))
     loss: str = flag("auto", "implementation of the loss", ("auto", "reference", "fused"))
 
     # Output
@@ -374,7 +374,8 @@ def main(cfg: Config) -> dict[str, Any]:
     run.write_config(data=record(dataset))                    # from here on, the folder is a run
     views = Views(cfg.seed, cfg.size, AUGMENTATIONS[cfg.augment], cfg.views)
     loss_name = choose_loss(data, views, cfg.kd_weight, cfg, machine)[1]
-    run.computes_with(f"{machine.line}, loss {loss_name}")    # other kernels round differently
+    # Other kernels round differently: a resumed run says so.
+    run.computes_with(f"{machine.line}, {type(student).__name__}, loss {loss_name}")
     print(headline(dataset.name, pictures, teacher_model, student, loss_name, cfg, machine),
           *duplicates(data), sep="\n")                        # equal pictures in two splits
 
@@ -445,6 +446,8 @@ def check(cfg: Config) -> None:
     distributed.check_batch_size(cfg.batch_size, cfg.accumulate)
     models.check("teacher", cfg.teacher, cfg.teacher_weights)
     models.check("student", cfg.student, cfg.student_weights)
+    if cfg.kernels == "on" and blocks.unavailable():
+        raise BadInput(f"--kernels on: {blocks.unavailable()}; use --kernels auto")
     if cfg.unlabelled and not cfg.kd_weight:
         raise BadInput("--unlabelled: nothing learns from pictures without labels at --kd-weight 0; give "
                        "the teacher a share, or leave it out")

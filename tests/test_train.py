@@ -228,6 +228,13 @@ def test_the_default_folder_is_the_recipes_for_its_own_data_only(photos):
     assert train.folder_of(train.Config(out="here")) == Path("here")
 
 
+def test_kernels_that_are_insisted_on_and_cannot_be_had_are_refused_with_the_reason(tiny, monkeypatch):
+    monkeypatch.setattr(train.blocks, "unavailable", lambda: "the fused blocks cannot be compiled: g++ not found")
+    with pytest.raises(BadInput, match="^--kernels on: the fused blocks cannot be compiled: g.. not found; use"):
+        train.main(dataclasses.replace(tiny, kernels="on"))
+    assert not Path(tiny.out).exists()
+
+
 def test_a_notebook_keeps_its_signal_handlers_and_a_web_app_its_threads(tiny):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(BadInput):
