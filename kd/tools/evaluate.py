@@ -108,9 +108,9 @@ def open_dataset_of_run(name: str, splits: Sequence[str], classes: tuple[str, ..
 def _reading(args: argparse.Namespace, settings: dict[str, Any]) -> Reading:
     """The flags that say how to read a data set; where one is not given, the setting of the run."""
     values: dict[str, Any] = {}
-    for field, default in Reading._field_defaults.items():
+    for field in ("config", "image", "label", "follow_links"):
         given = getattr(args, field)
-        values[field] = settings.get(field, default) if given is None else given
+        values[field] = settings.get(field, Reading._field_defaults[field]) if given is None else given
     return Reading(**values)
 
 

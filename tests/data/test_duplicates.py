@@ -63,8 +63,12 @@ def test_of_a_million_frames_only_those_with_equal_checksums_are_read():
     def split(count: int, start: int) -> Split:
         rng = np.random.default_rng(start)
         checksums = rng.integers(0, 1 << 32, count, dtype=np.uint32)
-        frames = SimpleNamespace(checksums=checksums, __len__=lambda: count,
-                                 read=lambda indices: (read.append(start + indices[0]), np.array(read[-1:]))[1])
+
+        def read_frame(indices: list[int]) -> np.ndarray:
+            read.append(start + indices[0])
+            return np.array(read[-1:])
+
+        frames = SimpleNamespace(checksums=checksums, __len__=lambda: count, read=read_frame)
         return Split(frames, rng.integers(0, 1000, count))      # type: ignore[arg-type]
 
     data = Data((), split(1_200_000, 0), split(50_000, 2_000_000), split(50_000, 4_000_000))
