@@ -6,6 +6,7 @@ checks its labels and adds missing splits, and `kd/data/frames.py` decodes the p
 
 import hashlib
 import os
+import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -212,10 +213,24 @@ def folder_layout(root: Path) -> Layout | None:
     split_folders = {path.name: path for path in folders if split_called(path.name)}
     if any(path.is_dir() for folder in split_folders.values() for path in visible(folder)):
         return Layout(rename_splits(str(root), split_folders)[0], others, whole=False)
+    _refuse_hidden_splits(root, folders)
     # A class may also be called train, as among vehicles. Two others tell it from a split of loose pictures.
     if len(others) > 1 and any(_holds_a_file(folder) for folder in folders):
         return Layout({"train": root}, [], whole=True)
     return None
+
+
+def _refuse_hidden_splits(root: Path, folders: list[Path]) -> None:
+    """Raise BadInput where splits lie below the classes, or have names that only look like those of splits."""
+    for folder in folders:
+        below = [path.name for path in visible(folder) if path.is_dir() and split_called(path.name)]
+        if len(below) > 1:
+            raise BadInput(f"{printable(str(folder))} holds {' and '.join(below)}; splits come before classes: "
+                           "train/CLASS/, test/CLASS/")
+    like_splits = [path.name for path in folders if re.search(r"train|valid|test", path.name.lower())]
+    if len(folders) > 1 and len(like_splits) == len(folders) and not all(map(split_called, like_splits)):
+        raise BadInput(f"{printable(str(root))}: {first_names(like_splits)} look like splits; rename them to train, "
+                       "validation and test")
 
 
 def _holds_a_file(folder: Path) -> bool:
@@ -247,14 +262,14 @@ def open_image_folder(root: Path, layout: Layout, follow_links: bool, say: Say) 
             splits[split] = _samples_from_files(root, split, split_files, np.array(labels, np.int64))
 
     places = ("all pictures are train" if layout.whole else
-              ", ".join(f"{split} from {printable(folder.name)}" for split, folder in layout.splits.items()))
+              ", ".join(f"{split} from {printable(layout.splits[split].name)}" for split in splits))
     return Dataset(name, tuple(classes), splits, f"class folders; {places}", layout.whole)
 
 
 def _files_by_class(name: str, folder: Path, links: Links, say: Say) -> dict[str, list[Path]]:
     """The files of a split by the name of their class."""
     files: dict[str, list[Path]] = {}
-    empty, loose = [], []
+    empty, loose, below = [], [], []
     for path in visible(folder):
         if not path.is_dir():
             if path.suffix.lower() in Image.registered_extensions():    # and not a README or a licence
@@ -264,10 +279,13 @@ def _files_by_class(name: str, folder: Path, links: Links, say: Say) -> dict[str
         if found:
             # One name may have two spellings, in Unicode's forms C and D. They are one class.
             files.setdefault(printable(path.name), []).extend(found)
+            below += [printable(f"{path.name}/{inner.name}") for inner in visible(path) if inner.is_dir()]
         else:
             empty.append(printable(path.name))
     if empty:
         say(f"{name}: folders of {printable(folder.name)} without a file, which are no class: {first_names(empty)}")
+    if below:
+        say(f"{name}: folders in a class of {printable(folder.name)} belong to that class: {first_names(below, 3)}")
     if loose:
         say(f"{name}: left out: {len(loose):,} pictures of {printable(folder.name)} in no class folder "
             f"({first_names(loose, 3)})")

@@ -8,6 +8,7 @@ import difflib
 import glob
 import hashlib
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -59,7 +60,7 @@ def open_splits(name: str, splits: Sequence[str], classes: tuple[str, ...], read
         dataset = with_three_splits(dataset, say)
     elif dataset.whole and list(splits) != ["train"]:
         say(f"{dataset.name}: it has no splits, so that all of its pictures are {splits[0]}")
-        dataset = replace(dataset, splits={splits[0]: dataset.splits["train"]})
+        dataset = replace(dataset, splits={splits[0]: dataset.splits["train"]}, source="")
     if dataset.source:
         say(f"{dataset.name}: {dataset.source}")
     for split in splits:
@@ -204,7 +205,8 @@ def _open_pictures_with_metadata(root: Path, metadata: list[Path], reading: Read
         links.check(path)
         tables.check_metadata(path)
     if metadata[0].parent == root:
-        builder = tables.load_builder(str(root), "imagefolder", data_dir=os.path.realpath(root))
+        builder = tables.load_builder(str(root), "imagefolder", data_files={
+            "train": f"{glob.escape(os.path.realpath(root))}/**"})
     else:
         folders, _ = rename_splits(str(root), {path.parent.name: path.parent for path in metadata})
         builder = tables.load_builder(str(root), "imagefolder", data_files={
@@ -227,9 +229,22 @@ def _open_hub_layout(root: Path, reading: Reading) -> Dataset:
         links.check(path)
         if path.is_file():
             _refuse_lfs_pointer(path)
+    _refuse_missing_shards(root)
     _check_card(root, links)
     builder = tables.load_builder(str(root), os.path.realpath(root), reading.config)
     return _from_local_tables(root, builder, reading, links)
+
+
+def _refuse_missing_shards(root: Path) -> None:
+    """A table may be several files, such as train-00000-of-00002.parquet; all of them must be there."""
+    present: Counter[tuple[Path, str]] = Counter()
+    for path in (*root.rglob("*.parquet"), *root.rglob("*.arrow")):
+        if match := re.fullmatch(r"(.*-)\d{5}(-of-\d{5}\..*)", path.name):
+            present[path.parent, f"{match[1]}*{match[2]}"] += 1
+    for (folder, pattern), count in present.items():
+        total = int(re.findall(r"-of-(\d{5})", pattern)[-1])
+        if count < total:
+            raise BadInput(f"{folder / pattern}: {count} of {total} files are there; get the others")
 
 
 def _refuse_lfs_pointer(path: Path) -> None:
@@ -240,7 +255,8 @@ def _refuse_lfs_pointer(path: Path) -> None:
 
 
 def _from_local_tables(root: Path, builder: Any, reading: Reading, links: Links) -> Dataset:
-    files = {split: list(map(Path, paths)) for split, paths in tables.data_files(builder).items()}
+    real = links.roots[0]
+    files = {str(split): list(map(Path, paths)) for split, paths in tables.data_files(builder).items()}
     for path in (path for paths in files.values() for path in paths):
         links.check(path)
     if reading.labelled:
@@ -248,9 +264,11 @@ def _from_local_tables(root: Path, builder: Any, reading: Reading, links: Links)
     # archives are unpacked into the cache of `datasets`
     dataset = tables.from_tables(str(root), tables.load_tables(builder), reading,
                                  links._replace(roots=(*links.roots, *_cache_roots())))
-    real = links.roots[0]
+    # A table that holds several splits depends, with all of them, on all files.
+    everything = [path for paths in files.values() for path in paths]
     return Dataset(printable(root.resolve().name), dataset.classes, {
-        split: replace(samples, location=f"{real} {split}", fingerprint=files_fingerprint(real, files[split]))
+        split: replace(samples, location=f"{real} {split}",
+                       fingerprint=files_fingerprint(real, files.get(split, everything)))
         for split, samples in dataset.splits.items()}, dataset.source)
 
 

@@ -85,6 +85,9 @@ def _check_range(split: str, samples: Samples, classes: tuple[str, ...]) -> None
     invalid = np.flatnonzero((samples.labels < 0) | (samples.labels >= len(classes)))
     if len(invalid):
         first = int(invalid[0])
+        if samples.labels[first] < 0:
+            raise BadInput(f"{samples.name_of(first)}: no label ({len(invalid)} such in {split}; -1 and empty cells "
+                           "count as none, and NA and None too in a CSV file); label or remove it")
         raise BadInput(f"{samples.name_of(first)}: label {samples.labels[first]} is outside of "
                        f"0…{len(classes) - 1} ({len(invalid)} such in {split}); label or remove it")
 
@@ -133,8 +136,8 @@ def _carve(name: str, train: Samples, split: str) -> tuple[Samples, Samples]:
             order = sorted(range(len(rows)), key=turns.__getitem__)
             carved[rows[order[:max(1, round(CARVED * len(rows)))]]] = True
     if not carved.any():
-        raise BadInput(f"--dataset {name}: no {split} split, and too few images for one: no class of train has "
-                       f"two; add images or {split}")
+        raise BadInput(f"--dataset {name}: no {split} split, and too few images for one: a class needs two, or "
+                       f"three where validation and test are missing; add images or {split}")
 
     def subset(rows: np.ndarray, title: str) -> Samples:
         return Samples(train.labels[rows], lambda index: train.read(int(rows[index])),

@@ -7,6 +7,7 @@ that read Parquet, Arrow and image files are used.
 import csv
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from kd import BadInput
-from kd.data.samples import Dataset, Links, Reading, Samples, first_names, printable, rename_splits
+from kd.data.samples import Dataset, Links, Reading, Samples, first_names, printable, rename_splits, split_called
 
 SAFE_READERS = ("parquet", "arrow", "imagefolder", "cache")     # of those that `datasets` has
 IMAGE_NAMES = ("image", "img")
@@ -93,6 +94,7 @@ def from_tables(name: str, tables: dict[str, Any], reading: Reading, links: Link
     """
     left_out: list[str] = []
     if reading.labelled:
+        tables = _by_split(tables, links.roots[0])
         tables, left_out = rename_splits(name, tables)
     if not tables:
         raise BadInput(f"--dataset {name} has no split called train, validation or test (found: "
@@ -116,6 +118,24 @@ def from_tables(name: str, tables: dict[str, Any], reading: Reading, links: Link
     return Dataset(name, classes, {
         split: _samples_from_table(name, split, table, image, labels[split], links)
         for split, table in tables.items()}, source)
+
+
+def _by_split(tables: dict[str, Any], root: str) -> dict[str, Any]:
+    """The only table as one for each split, if its column `split` tells them, or the folders of its pictures do."""
+    if len(tables) != 1:
+        return tables
+    table = next(iter(tables.values()))
+    names: list[str] = []
+    if "split" in table.column_names:
+        names = [str(value) for value in table.select_columns(["split"])[:]["split"]]
+        table = table.remove_columns(["split"])
+    elif table.info.builder_name == "imagefolder":
+        import datasets
+        rows = table.cast_column("image", datasets.Image(decode=False)).select_columns(["image"])
+        names = [os.path.relpath(row["image"]["path"], root).split(os.sep)[0] for row in rows]
+    if not names or not all(map(split_called, names)):
+        return tables
+    return {name: table.select(np.flatnonzero(np.array(names) == name)) for name in dict.fromkeys(names)}
 
 
 def _type_name(feature: Any) -> str:

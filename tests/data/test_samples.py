@@ -35,7 +35,7 @@ def test_files_of_any_name_and_depth_are_samples(tmp_path):
     root = image_folder(tmp_path, **FULL)
     (root / "train" / "a" / "deeper" / "still").mkdir(parents=True)
     (root / "train" / "a" / "deeper" / "still" / "x.txt").write_bytes(jpeg(9))
-    assert len(open_quietly(root).splits["train"]) == 11
+    assert len(open_and_listen(root)[0].splits["train"]) == 11
 
 
 def test_fingerprint_changes_with_the_content_and_location_does_not(tmp_path):
@@ -99,6 +99,23 @@ def test_split_folders_under_the_names_that_people_use(tmp_path, names):
     assert labels(dataset) == {"train": [0] * 6 + [1] * 4, "validation": [0, 1, 1], "test": [0, 0, 1]}
     assert dataset.source == (f"class folders; train from {names[0]}, validation from {names[1]}, "
                               f"test from {names[2]}")
+
+
+def test_splits_in_the_wrong_place_or_under_strange_names_are_no_classes(tmp_path):
+    per_class = image_folder(tmp_path / "1", **{"cat": {"train": 5, "test": 2}, "dog": {"train": 5, "test": 2}})
+    refused(per_class, "1/cat holds test and train; splits come before classes: train/CLASS/")
+    names = ("01_Train", "02_Validation", "03_TestSet")
+    odd = image_folder(tmp_path / "2", **{name: {"a": 2, "b": 2} for name in names})
+    refused(odd, "01_Train, 02_Validation, 03_TestSet look like splits; rename them to train, validation and test")
+
+
+def test_folders_in_a_class_are_said(tmp_path):
+    root = image_folder(tmp_path / "zoo", **FULL)
+    (root / "train" / "a" / "young").mkdir()
+    (root / "train" / "a" / "young" / "x.jpg").write_bytes(jpeg(1))
+    dataset, said = open_and_listen(root)
+    assert len(dataset.splits["train"]) == 11
+    assert said == ["zoo: folders in a class of train belong to that class: a/young"]
 
 
 def test_a_class_may_be_called_train(tmp_path):

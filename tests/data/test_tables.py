@@ -65,7 +65,8 @@ def test_split_without_labels_counts_as_missing(tmp_path, unlabelled):
 
 def test_tables_that_cannot_be_used(tmp_path):
     fine = {"validation": [0, 1], "test": [0, 1]}
-    refused(hub_folder(tmp_path / "1", {"train": [0, 1, -1, 0]} | fine), r"train row 2 \(2.jpg\): label -1")
+    refused(hub_folder(tmp_path / "1", {"train": [0, 1, -1, 0]} | fine),
+            r"train row 2 \(2.jpg\): no label .1 such in train")
     refused(hub_folder(tmp_path / "2", {"train": [1, 1, 1]} | fine), "one class only .b.")
     refused(hub_folder(tmp_path / "3", {"train": [-1, -1]} | fine), "no labelled image")
     refused(hub_folder(tmp_path / "4", {"test": [0, 1]}), "no train split .found: test.")
@@ -265,6 +266,43 @@ def test_pictures_that_the_table_leaves_out_are_counted(tmp_path):
     dataset, said = open_and_listen(root)
     assert len(dataset.splits["train"]) == 10
     assert said == ["kg: 15 pictures and 14 rows in metadata.csv; pictures without a row are left out"]
+
+
+@pytest.mark.parametrize("deeper", ["", "a/"])
+def test_one_table_at_the_root_for_several_split_folders(tmp_path, deeper):
+    """Its own labels count, not the names of folders between the splits and the pictures."""
+    lines = ["file_name,label"]
+    for split, count in (("train", 10), ("Val", 4), ("test", 6)):
+        (tmp_path / "set" / split / deeper).mkdir(parents=True)
+        for number in range(count):
+            (tmp_path / "set" / split / deeper / f"{number}.jpg").write_bytes(jpeg(number))
+            lines.append(f"{split}/{deeper}{number}.jpg,{'xy'[number % 2]}")
+    (tmp_path / "set" / "metadata.csv").write_text("\n".join(lines) + "\n")
+    dataset = open_quietly(tmp_path / "set")
+    assert dataset.classes == ("x", "y")
+    assert labels(dataset) == {"train": [0, 1] * 5, "validation": [0, 1] * 2, "test": [0, 1] * 3}
+    assert "/test/" in dataset.splits["test"].name_of(0)
+
+
+def test_a_column_that_names_the_splits_is_heeded(tmp_path):
+    root = with_metadata(tmp_path / "kg", {".": ["x", "y"] * 12})
+    lines = (root / "metadata.csv").read_text().splitlines()
+    splits = ["split", *("Train" if row < 16 else "val" if row < 18 else "test" for row in range(24))]
+    (root / "metadata.csv").write_text("\n".join(f"{line},{split}" for line, split in zip(lines, splits)) + "\n")
+    dataset = open_quietly(root)
+    assert labels(dataset) == {"train": [0, 1] * 8, "validation": [0, 1], "test": [0, 1] * 3}
+    assert [dataset.splits["test"].read(i) for i in range(6)] == [jpeg(i) for i in range(18, 24)]
+
+
+def test_a_table_of_which_a_file_is_missing_is_refused(tmp_path):
+    root = toy.table(tmp_path / "set", splits=("train",))
+    (root / "data" / "train-00000-of-00001.parquet").rename(root / "data" / "train-00000-of-00002.parquet")
+    refused(root, r"train-\*-of-00002.parquet: 1 of 2 files are there; get the others")
+
+
+def test_a_row_without_a_label_is_said_to_have_none(tmp_path):
+    root = with_metadata(tmp_path / "kg", {".": ["x", "y", "", "NA"] * 6})
+    refused(root, r"no label .12 such in train; -1 and empty cells count as none")
 
 
 def test_class_folders_beside_a_table_without_labels_are_read(tmp_path):
