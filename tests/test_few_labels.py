@@ -184,9 +184,8 @@ def _without_labels(pictures: few_labels.ByRole) -> few_labels.ByRole:
     return pictures._replace(student=dataclasses.replace(pictures.student, train=nothing))
 
 
-@pytest.mark.parametrize("kd_weight", [0.5, 1.0])
-def test_a_stopped_run_with_few_labels_ends_with_the_same_bits(tiny, kd_weight, monkeypatch):
-    config = dataclasses.replace(tiny, labels=9, kd_weight=kd_weight, views=0, augment="crop", accumulate=2,
+def test_a_stopped_run_with_few_labels_ends_with_the_same_bits(tiny, monkeypatch):
+    config = dataclasses.replace(tiny, labels=9, kd_weight=0.5, views=0, augment="crop", accumulate=2,
                                  control=True)
     whole = dataclasses.replace(config, out=config.out + "-whole")
     train.main(whole)

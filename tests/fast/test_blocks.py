@@ -154,7 +154,7 @@ def test_a_processor_without_avx2_keeps_the_plain_modules():
 def test_the_code_for_avx512_compiles_and_multiplies_bf16_pairs(tmp_path):
     from torch.utils import cpp_extension
     folders = [*cpp_extension.include_paths(), sysconfig.get_path("include")]
-    subprocess.run(["g++", "-std=c++20", "-O1", "-S", str(Path(blocks.__file__).with_suffix(".cpp")),
+    subprocess.run(["g++", "-std=c++20", "-O0", "-S", str(Path(blocks.__file__).with_suffix(".cpp")),
                     *build.instruction_flags("AVX512"), "-mavx512bf16", "-o", "blocks.s",
                     *(f"-I{folder}" for folder in folders)], cwd=tmp_path, check=True)
     assembly = (tmp_path / "blocks.s").read_text()
