@@ -34,16 +34,18 @@ BOUNDS = {nn.Identity: (-INF, INF), nn.ReLU: (0.0, INF), nn.ReLU6: (0.0, 6.0)}
 def unavailable() -> str:
     """Why the kernels cannot run on this machine, in one line; "" where they can.
 
-    The first call compiles blocks.cpp, which makes torch.ops.kd_blocks.
+    The first call compiles the C++ source, which makes torch.ops.kd_blocks.
     """
     capability = torch.backends.cpu.get_cpu_capability()
     if capability not in ("AVX2", "AVX512"):
         return f"the fused blocks need a CPU with AVX2 or AVX-512; torch sees {capability}"
+    # blocks.cpp also compiles for AVX-512, but has not run there yet. Until then, the source that has run is taken.
+    source = Path(__file__).with_name("blocks_avx512.cpp" if capability == "AVX512" else "blocks.cpp")
     flags = ["-ffp-contract=fast"]
     if capability == "AVX512" and torch.cpu.get_capabilities()["avx512_bf16"]:
         flags += ["-mavx512bf16"]
     try:
-        build.load(Path(__file__).with_suffix(".cpp"), flags, seconds=30)
+        build.load(source, flags, seconds=30)
     except build.BuildError as error:
         return f"the fused blocks cannot be compiled: {error}"
     return ""
