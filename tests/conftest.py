@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from huggingface_hub import constants
 from PIL import Image
 
 import train
@@ -57,6 +58,17 @@ def trained(photos, tmp_path_factory) -> tuple[train.Config, dict]:
     """A finished run and its result, which tests only read."""
     config = tiny_config(photos, tmp_path_factory.mktemp("trained"))
     return config, train.main(config)
+
+
+@pytest.fixture
+def unreachable_hub(tmp_path, monkeypatch) -> None:
+    """A Hub that refuses at once, and an empty cache."""
+    # The client reads its settings when it is imported, so they are set there.
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
 @pytest.fixture(scope="session")

@@ -371,12 +371,7 @@ def test_timms_pretrained_weights_are_resampled_to_another_size(tmp_path, reposi
         assert torch.equal(logits(small, 96), logits(resampled, 96))
 
 
-def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+def test_a_hub_that_cannot_be_reached_is_one_line(unreachable_hub):
     for weights in ("none", "imagenet"):
         with pytest.raises(BadInput, match="^--teacher.*the Hub cannot be reached and .* not in its cache") as caught:
             make("hf-hub:someone/insects", weights=weights)

@@ -170,8 +170,14 @@ def _open_folder(name: str, root: Path, reading: Reading, say: Say) -> Dataset:
                    f"on the Hub{hidden if Path(name).name == name else ''}")
 
 
+def _table_files(root: Path) -> Iterator[Path]:
+    """The Parquet and Arrow files below a folder. Looking for them visits every file."""
+    for pattern in ("*.parquet", "*.arrow"):
+        yield from root.rglob(pattern)
+
+
 def _has_tables(root: Path) -> bool:
-    return any(next(root.rglob(pattern), None) for pattern in ("*.parquet", "*.arrow"))
+    return next(_table_files(root), None) is not None
 
 
 def _found(root: Path) -> str:
@@ -225,20 +231,21 @@ def _open_pictures_with_metadata(root: Path, metadata: list[Path], reading: Read
 
 def _open_hub_layout(root: Path, reading: Reading) -> Dataset:
     links = links_of(root, reading.follow_links)
-    for path in (*root.rglob("*.parquet"), *root.rglob("*.arrow")):
+    files = list(_table_files(root))
+    for path in files:
         links.check(path)
         if path.is_file():
             _refuse_lfs_pointer(path)
-    _refuse_missing_shards(root)
+    _refuse_missing_shards(files)
     _check_card(root, links)
     builder = tables.load_builder(str(root), os.path.realpath(root), reading.config)
     return _from_local_tables(root, builder, reading, links)
 
 
-def _refuse_missing_shards(root: Path) -> None:
+def _refuse_missing_shards(files: Sequence[Path]) -> None:
     """A table may be several files, such as train-00000-of-00002.parquet; all of them must be there."""
     present: Counter[tuple[Path, str]] = Counter()
-    for path in (*root.rglob("*.parquet"), *root.rglob("*.arrow")):
+    for path in files:
         if match := re.fullmatch(r"(.*-)\d{5}(-of-\d{5}\..*)", path.name):
             present[path.parent, f"{match[1]}*{match[2]}"] += 1
     for (folder, pattern), count in present.items():
