@@ -107,7 +107,7 @@ def _check_classes(name: str, classes: tuple[str, ...], splits: dict[str, Sample
 
 def _look_alike(name: str, others: tuple[str, ...]) -> str:
     """A class that differs only in case or in spaces around it, in brackets; else nothing."""
-    similar = [other for other in others if other.casefold().strip() == name.casefold().strip()]
+    similar = [other for other in others if _plain(other) == _plain(name)]
     return f" (it has {similar[0]!r}: if that is the same class, rename one)" if similar else ""
 
 
@@ -115,8 +115,12 @@ def _look_alikes(classes: tuple[str, ...]) -> list[list[str]]:
     """Groups of classes that differ only in case or in spaces around them."""
     groups: dict[str, list[str]] = {}
     for label in classes:
-        groups.setdefault(label.casefold().strip(), []).append(label)
+        groups.setdefault(_plain(label), []).append(label)
     return [group for group in groups.values() if len(group) > 1]
+
+
+def _plain(name: str) -> str:
+    return name.casefold().strip()
 
 
 # Carving
