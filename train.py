@@ -409,7 +409,8 @@ def main(cfg: Config) -> dict[str, Any]:
 
         # ---- 4. The control, then the student: the same initial weights, batches and views. -------
         model = build("student", data.classes, cfg, machine)
-        job = Job(role, model, prep, getattr(pictures, role), views,
+        # At λ = 0 nothing is learned from a picture without a label: the student is one more control.
+        job = Job(role, model, prep, getattr(pictures, role if cfg.kd_weight else "control"), views,
                   precision_for(model, cfg, machine), cfg.epochs, cfg.lr)
         if role == "student" and cfg.kd_weight:
             job.kd_weight, job.teacher = cfg.kd_weight, teacher

@@ -224,3 +224,8 @@ def test_a_student_may_start_from_a_saved_model(tiny, trained):
     weight = next(before.parameters())
     assert np.allclose(weight.detach().numpy(), next(after.parameters()).detach().numpy(), atol=1e-6)
     assert result["control"]["test_total"] == 12
+
+
+def test_without_the_teachers_share_the_student_is_one_more_control(tiny):
+    result = train.main(dataclasses.replace(tiny, labels=9, kd_weight=0.0, control=True))
+    assert result["student"] == result["control"]
