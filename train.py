@@ -351,7 +351,7 @@ def main(cfg: Config) -> dict[str, Any]:
     run.stop.install()                                        # Ctrl-C: finish the step, save, leave
 
     # ---- 1. Data and models. One crop for all; mean, std, interpolation are each model's own. ----
-    reading = Reading(cfg.config, cfg.image, cfg.label, cfg.follow_links)
+    reading = Reading(config=cfg.config, image=cfg.image, label=cfg.label, follow_links=cfg.follow_links)
     dataset = open_dataset(cfg.dataset, reading)
     if cfg.unlabelled:
         dataset = with_unlabelled(dataset, cfg.unlabelled, cfg.follow_links)

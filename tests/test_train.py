@@ -25,7 +25,7 @@ from kd.machine import checkpoint, runtime
 from kd.data.frames import center_crop
 from kd.data.decoding import open_picture, to_frame
 from kd.logits import LogitStore
-from tests.helpers import processes
+from tests.helpers import processes, toy
 from tests.helpers.runs import command_line, identical, step, watch_teacher
 
 
@@ -226,6 +226,15 @@ def test_the_default_folder_is_the_recipes_for_its_own_data_only(photos):
     assert train.folder_of(train.Config(recipe="tutorial", dataset="leaves")) == Path("runs/tutorial-leaves")
     assert train.folder_of(train.Config(recipe="best", dataset="a/b", config="c")) == Path("runs/best-a--b@c")
     assert train.folder_of(train.Config(out="here")) == Path("here")
+
+
+def test_a_run_on_a_table_learns_the_column_that_the_flags_name(tiny, tmp_path):
+    tables = toy.table(tmp_path / "tables", {"label": "class:2", "fine": "class:3"}, image="photo")
+    config = dataclasses.replace(tiny, dataset=str(tables), image="photo", label="fine", epochs=1)
+    result = train.main(config)
+    assert result["student"]["test_total"] == 24
+    classes = models.open_saved(f"{config.out}/student")[3]
+    assert classes == ("fine0", "fine1", "fine2")
 
 
 def test_kernels_that_are_insisted_on_and_cannot_be_had_are_refused_with_the_reason(tiny, monkeypatch):

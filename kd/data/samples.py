@@ -27,8 +27,8 @@ class Reading(NamedTuple):
     config: str = ""            # of a Hub data set that has several
     image: str = ""             # the column that has the pictures
     label: str = ""             # the column that has the labels
-    labelled: bool = True       # False: labels are ignored, and splits of any name are read
     follow_links: bool = False  # also links that lead out of the data set's folder
+    labelled: bool = True       # False: labels are ignored, and splits of any name are read
 
 
 @dataclass(frozen=True)
