@@ -97,9 +97,10 @@ class Config:
     sync_bn: bool = flag(False, "BatchNorm over the batch of all ranks, not over each rank's share")
 
     # Speed. `--kernels off --compile off --amp off` runs the plain loop that you read here.
-    device: str = flag("auto", "where to compute", ("auto", "cpu", "cuda"))
+    device: str = flag("auto", "where to compute; mps and xpu have not been tried",
+                       ("auto", "cpu", "cuda", "mps", "xpu"))
     amp: str = flag("auto", "mixed precision", ("auto", "off", "bf16", "fp16"))
-    compile: str = flag("auto", "torch.compile the training (auto: on CUDA, where that works)",
+    compile: str = flag("auto", "torch.compile the training (auto: on CUDA, from 20,000 steps on)",
                         ("auto", "on", "off"))
     kernels: str = flag("auto", "fused kernels (kd/fast) and a tuned allocator where they run; on: or "
                         "refuse; off: plain PyTorch", ("auto", "on", "off"))
@@ -177,30 +178,31 @@ class Job:
 
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
-               batch: Batch, x: Tensor, teacher_logits: Tensor | None, loss_fn: LossFunction,
-               cfg: Config, machine: Runtime) -> tuple[Tensor, Tensor]:
+               batch: Batch, teacher_logits: Tensor | None, loss_fn: LossFunction, cfg: Config,
+               machine: Runtime) -> tuple[Tensor, Tensor]:
     """One training step: forward, loss, backward, update.
 
-    batch           this rank's share of a batch: its labels, and its weight among the ranks
-    x               its pixels, normalised, `(B, 3, H, W)` float32
+    model           from pixels, uint8 `(B, 3, H, W)`, to logits `(B, C)`
+    batch           this rank's share of a batch: pixels, labels, and its weight among the ranks
     teacher_logits  `(B, C)` float32, or None where there is no teacher
     loss_fn         (student_logits, teacher_logits, labels) to the mean loss, a scalar
 
     Returns the loss and the norm of its gradient, two scalars. They stay on the device: on a GPU,
     nothing in here waits for it. With several ranks, the mean of their losses is that of the batch.
     """
-    total = torch.zeros((), device=x.device)
-    parts = distributed.split_batch(len(x), cfg.accumulate)   # slices; by default one, of all rows
+    rows = len(batch.pixels)
+    total = torch.zeros((), device=batch.pixels.device)
+    parts = distributed.split_batch(rows, cfg.accumulate)     # slices; by default one, of all rows
     for part in parts:
         # DistributedDataParallel averages the gradients over the ranks. Once is enough, in the
         # backward of the last part. It decides that in the forward.
         with machine.autocast(), distributed.sync_gradients(model, part is parts[-1]):
-            logits = model(x[part])
+            logits = model(batch.pixels[part])
         teacher_part = None if teacher_logits is None else teacher_logits[part]
         loss = loss_fn(logits, teacher_part, batch.labels[part])
         # A mean over fewer rows counts less: rows of the part ÷ rows of this rank, times batch.weight,
         # which is rows of this rank ÷ mean rows per rank (1, unless a batch is shared unevenly).
-        loss = loss * (batch.weight * len(logits) / len(x))
+        loss = loss * (batch.weight * len(logits) / rows)
         scaler.scale(loss).backward()                         # the scale is 1, except in fp16
         total += loss.detach()
 
@@ -251,11 +253,14 @@ def fit(job: Job, cfg: Config, run: Run) -> None:
     # The run remembers all of it: from now on `run.save()` asks `guard`, then writes last.ckpt.
     position = run.restore(job.role, saved, guard, machine.device)
 
-    forward = distributed.wrap(model, machine.device)         # DistributedDataParallel under torchrun
-    if machine.compile:
-        forward = runtime.compiled(forward)                   # or as it is, where that fails
+    # Teacher and student see the same pixels, each normalised as its own weights expect.
+    forward: nn.Module = models.FromPixels(model, job.prep)
+    forward = distributed.wrap(forward, machine.device)       # DistributedDataParallel under torchrun
     steps_per_epoch = count_batches(len(train), cfg.batch_size)   # a short last batch counts
     total_steps = job.epochs * steps_per_epoch
+    if runtime.compile_pays(machine, total_steps):
+        # or as it is, where that fails
+        forward = runtime.compiled(forward, cfg.batch_size, cfg.accumulate)
 
     for epoch in range(position.epoch, job.epochs):
 
@@ -274,14 +279,13 @@ def fit(job: Job, cfg: Config, run: Run) -> None:
                     group["lr"] = learning_rate(step, total_steps, group["initial_lr"], cfg.schedule,
                                                 cfg.warmup)
 
-                # Teacher and student see the same view, each normalised as its own weights expect.
-                x = models.normalize(batch.pixels, job.prep)
-                # Read from disk where this (view, sample) was met before, else computed and kept.
+                # Of the view that the student sees. Read from disk where this (view, sample) was met
+                # before, else computed and kept.
                 teacher_logits = job.teacher.logits(batch) if job.teacher else None
 
                 # ---- a single training step ----
-                loss, norm = train_step(forward, optimizer, scaler, batch, x, teacher_logits,
-                                        loss_fn, cfg, machine)
+                loss, norm = train_step(forward, optimizer, scaler, batch, teacher_logits, loss_fn,
+                                        cfg, machine)
                 # --------------------------------
 
                 position.step += 1
@@ -530,9 +534,9 @@ def model_card(cfg: Config, role: str, rows: dict[str, dict[str, Any]]) -> str:
 def summarise(rows: dict[str, dict[str, Any]], test_logits: dict[str, np.ndarray], data: Data,
               teacher: Teacher, run: Run, cfg: Config) -> dict[str, Any]:
     """Print the closing tables. Returns what result.json will hold."""
-    if teacher.store.dropped:
-        print(f"--topk {cfg.topk}: the other classes have {teacher.store.dropped_share():.2e} of "
-              "the teacher's probability")
+    dropped = teacher.store.dropped_share()                   # None unless --topk
+    if dropped is not None:
+        print(f"--topk {cfg.topk}: the other classes have {dropped:.2e} of the teacher's probability")
     gain = None                                               # of the student over the control
     if cfg.control:
         gain = compare_paired(test_logits["student"], test_logits["control"], data.test.labels)
@@ -542,7 +546,7 @@ def summarise(rows: dict[str, dict[str, Any]], test_logits: dict[str, np.ndarray
     return {**rows, **({"gain": gain} if gain else {}),
             "images_per_second": float(np.median(rates)), "seconds": run.seconds,
             "teacher_batches": distributed.sum_over_ranks(teacher.store.teacher_batches),
-            "topk_dropped": teacher.store.dropped_share(), "config": dataclasses.asdict(cfg),
+            "topk_dropped": dropped, "config": dataclasses.asdict(cfg),
             "environment": runtime.environment(), "commit": run.commit}
 
 

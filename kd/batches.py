@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kd.data.frames import Data, Split
 from kd.machine import distributed
+from kd.machine.devices import to_device
 from kd.machine.prefetch import prefetch
 from kd.views import Views, load_views, mixed_labels, mixup_partners
 
@@ -53,12 +54,12 @@ def _load_batches(data: Data, views: Views, epoch: int, batch_size: int, start: 
     split, view = data.train, views.index(epoch)
     for everyones in epoch_batches(views.seed, epoch, len(split), batch_size)[start:]:
         samples = distributed.rank_share(everyones)
-        pixels = load_views(split.frames.read, len(split), samples, view, views, device)
+        pixels = load_views(split.frames, samples, view, views, device)
 
         labels = split.labels[samples]
         if views.augmentation.mixup:
             partners, share = mixup_partners(samples, view, views, len(split))
             labels = mixed_labels(labels, split.labels[partners], share, len(data.classes))
 
-        yield Batch(split, samples, view, pixels, torch.from_numpy(labels).to(device, non_blocking=True),
-                    total=len(everyones), weight=len(samples) * distributed.world_size() / len(everyones))
+        yield Batch(split, samples, view, pixels, to_device(labels, device), total=len(everyones),
+                    weight=len(samples) * distributed.world_size() / len(everyones))

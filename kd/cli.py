@@ -170,6 +170,8 @@ def run(main: Callable[[Any], Any], config: Any) -> None:
             result = main(config)
         if not rank():
             print(json.dumps(result))
+        from kd.machine import distributed  # here, because it loads torch, which main has done by now
+        distributed.leave()
     except Exception as error:
         status = getattr(error, "status", None)  # of BadInput, TrainingFault and Stopped
         if status is not None:

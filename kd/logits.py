@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from kd import DISK_FULL, BadInput, TrainingFault
+from kd.machine.devices import widest_float
 from kd.machine.files import MappedFiles
 
 PENDING = 64 << 20      # bytes of rows that may wait for `flush`
@@ -79,7 +80,8 @@ class LogitStore:
         self.folder = folder / hashlib.sha256(text.encode()).hexdigest()[:32]
         self.shape = (samples, 2 * self.topk + 1 if self.topk else classes)
         self.teacher_batches = 0    # batches whose logits were computed, not read
-        self.dropped: list[Tensor] = []     # (B,) each: the probability outside the top k, as used
+        self.used = 0                       # rows that were asked for
+        self._dropped: Tensor | None = None     # of all of them, summed: the probability outside the top k
         self._views: dict[int, tuple[np.ndarray, np.ndarray]] = {}      # rows and checksums
         self._mapped = MappedFiles()
         self._pending: list[tuple[int, np.ndarray, Tensor]] = []        # view, samples, rows
@@ -146,14 +148,14 @@ class LogitStore:
 
     def dropped_share(self) -> float | None:
         """The mean probability at T outside the top k, over all logits used; None where all are stored."""
-        if not self.dropped:
-            return None
-        return torch.cat([batch.cpu() for batch in self.dropped]).mean().item()
+        return None if self._dropped is None else self._dropped.item() / self.used
 
     def _to_logits(self, rows: Tensor) -> Tensor:
         if not self.topk:
             return rows
-        self.dropped.append(outside_probability(rows, self.classes, self.temperature))
+        outside = outside_probability(rows, self.classes, self.temperature).sum(dtype=widest_float(rows.device))
+        self.used += len(rows)
+        self._dropped = outside if self._dropped is None else self._dropped.to(rows.device) + outside
         return unpack(rows, self.classes)
 
     def _paths(self, view: int) -> tuple[Path, Path]:

@@ -65,6 +65,20 @@ def _constant_on_gpu(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, device=device)
 
 
+class FromPixels(nn.Module):
+    """uint8 `(B, 3, size, size)` to logits `(B, C)`: a model with its normalisation before it.
+
+    So torch.compile sees both, and need not write the normalised pixels to memory.
+    """
+
+    def __init__(self, model: nn.Module, prep: Preprocessing) -> None:
+        super().__init__()
+        self.model, self.prep = model, prep
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.model(normalize(pixels, self.prep))
+
+
 # Creating models
 
 def architecture(model: nn.Module) -> str:
@@ -117,6 +131,8 @@ def check_size(model: nn.Module, size: int) -> None:
     try:
         with torch.no_grad():
             model(next(model.parameters()).new_zeros(1, 3, size, size))
+    except (torch.OutOfMemoryError, torch.AcceleratorError):     # kinds of RuntimeError; the size is not to blame
+        raise
     except (AssertionError, RuntimeError, ValueError) as error:
         raise _wrong_size(model, size, error) from error
 

@@ -1,6 +1,7 @@
 """Logits of a whole split, the way of validation and test."""
 
-from typing import Callable, Protocol
+import contextlib
+from typing import Callable
 
 import numpy as np
 import torch
@@ -9,18 +10,12 @@ from torch import Tensor, nn
 from kd import models
 from kd.data.frames import center_crop
 from kd.machine import console, distributed
+from kd.machine.devices import to_device
+from kd.machine.prefetch import prefetch
 from kd.machine.runtime import Runtime
+from kd.views import Readable
 
 BATCH = 64
-
-
-class Readable(Protocol):
-    """Resized pictures by number, such as `kd.data.frames.Frames`."""
-
-    def __len__(self) -> int: ...
-
-    def read(self, numbers: np.ndarray) -> np.ndarray:
-        """uint8 `(B, R, R, 3)`."""
 
 
 @torch.no_grad()
@@ -36,14 +31,18 @@ def predict(model: nn.Module, frames: Readable, prep: models.Preprocessing, size
     total, ranks = len(frames), distributed.world_size()
     mine = np.arange(distributed.rank(), total, ranks)
     rows: list[Tensor] = []
-    with console.progress(len(mine), label) as bar, runtime.autocast():     # around all, so that it casts weights once
-        for start in range(0, -(-total // ranks), BATCH):
+    starts = range(0, -(-total // ranks), BATCH)
+    # On a GPU the next batch is read and copied while the model works on this one.
+    batches = prefetch((_pixels(frames.read(mine[start:start + BATCH]), size, runtime.device)
+                        for start in starts if start < len(mine)), runtime.device)
+    # autocast around all of them, so that it casts the weights once
+    with console.progress(len(mine), label) as bar, contextlib.closing(batches), runtime.autocast():
+        for start in starts:
             stop()  # may ask all ranks, so each calls it equally often, also one that has no rows left
-            if start >= len(mine):
-                break
-            some = frames.read(mine[start:start + BATCH])
-            rows.append(predict_batch(model, some, prep, size, runtime))
-            bar.update(len(some))
+            if start < len(mine):
+                pixels = next(batches)
+                rows.append(model(models.normalize(pixels, prep)).float())
+                bar.update(len(pixels))
 
     # The host waits for the device once a split. A rank may have no row of a small split.
     logits = torch.cat(rows).cpu().numpy() if rows else np.empty((0, 0), np.float32)
@@ -54,6 +53,10 @@ def predict(model: nn.Module, frames: Readable, prep: models.Preprocessing, size
 def predict_batch(model: nn.Module, frames: np.ndarray, prep: models.Preprocessing, size: int,
                   runtime: Runtime) -> Tensor:
     """Logits `(B, C)` float32, on the device, of resized pictures, uint8 `(B, R, R, 3)`. The model is in eval mode."""
-    pixels = torch.from_numpy(center_crop(frames, size)).to(runtime.device).permute(0, 3, 1, 2)
     with runtime.autocast():
-        return model(models.normalize(pixels, prep)).float()
+        return model(models.normalize(_pixels(frames, size, runtime.device), prep)).float()
+
+
+def _pixels(frames: np.ndarray, size: int, device: torch.device) -> Tensor:
+    """The centre crops, uint8 `(B, 3, size, size)`, channels_last, on the device."""
+    return to_device(np.ascontiguousarray(center_crop(frames, size)), device).permute(0, 3, 1, 2)

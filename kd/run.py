@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kd import BadInput, models
-from kd.machine import checkpoint, distributed, runtime
+from kd.machine import checkpoint, devices, distributed, runtime
 from kd.machine.files import write_atomic
 from kd.machine.health import Guard
 from kd.machine.records import Records
@@ -72,7 +72,7 @@ class Position:
     """Where a training stands. With the weights and the optimizer, this is all that a resumed run needs."""
 
     role: str                       # "teacher", "control" or "student"
-    loss_sum: Tensor                # float64 scalar on the device: of this epoch, over this rank's steps
+    loss_sum: Tensor                # scalar on the device, float64 if it can: of this epoch, over this rank's steps
     epoch: int = 0                  # epochs that are complete
     step: int = 0                   # steps of the next one that are done
     best: float = -1.0              # the best validation accuracy
@@ -172,7 +172,7 @@ class Run:
         saved: what a checkpoint holds besides the position, by name; filled from it in a resumed run. The run remembers
         all of it: from now on `save` saves it, and a signal does so before the run stops. guard: asked before a save.
         """
-        position = Position(role, torch.zeros((), dtype=torch.float64, device=device))
+        position = Position(role, torch.zeros((), dtype=devices.widest_float(device), device=device))
         if "position" in self._saved_training:
             checkpoint_content, self._saved_training = self._saved_training, {}
             for name, thing in saved.items():

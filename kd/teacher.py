@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from kd import models
 from kd.batches import Batch
 from kd.data.frames import Data, Split
+from kd.fast.folding import fold_batchnorm
 from kd.logits import LogitStore
 from kd.machine import distributed
+from kd.machine.devices import to_device
 from kd.machine.runtime import Runtime
 from kd.predict import predict
 from kd.views import CODE, Augmentation, Views, load_views
@@ -37,7 +39,9 @@ class Teacher:
                  options: StoreOptions) -> None:
         """model: frozen, in eval mode; prep: what timm declares for it; data: pictures resized as `prep` says."""
         self.model, self.prep, self.data, self.views, self.runtime = model, prep, data, views, runtime
-        self.options, self.weights = options, models.digest(model)
+        self.options, self.weights, self.name = options, models.digest(model), models.architecture(model)
+        if runtime.kernels:
+            self.model = fold_batchnorm(model, views.size)
         self.store = self._open_store(data.train, views.augmentation)
 
     @torch.no_grad()
@@ -45,13 +49,12 @@ class Teacher:
         """float32 `(B, C)`, on the device: read from disk where this (view, sample) was met before, else computed."""
         stored = self.store.get(batch.view, batch.samples)
         if stored is not None:
-            return stored.to(self.runtime.device, non_blocking=True)
+            return to_device(stored, self.runtime.device)
 
         pixels = batch.pixels
         if batch.split is not self.data.train:
             # The teacher declares another interpolation than the student: the same view, from frames resized its way.
-            pixels = load_views(self.data.train.frames.read, len(self.data.train), batch.samples, batch.view,
-                                self.views, self.runtime.device)
+            pixels = load_views(self.data.train.frames, batch.samples, batch.view, self.views, self.runtime.device)
         # Both see the same view, each normalised with the mean and std of its own weights.
         with self.runtime.autocast():
             logits = self.model(models.normalize(pixels, self.prep)).float()
@@ -75,7 +78,7 @@ class Teacher:
     def _open_store(self, split: Split, augmentation: Augmentation | None) -> LogitStore:
         """The logits of one split's views; None: of its centre crops. Found by all that decides their values."""
         key: dict[str, Any] = dict(
-            teacher=self.weights, name=models.architecture(self.model), prep=self.prep, size=self.views.size,
+            teacher=self.weights, name=self.name, prep=self.prep, size=self.views.size, folded=self.runtime.kernels,
             frames=split.frames.digest, amp=str(self.runtime.amp), device=self.runtime.device.type,
             torch=torch.__version__, timm=timm.__version__)
         if augmentation is None:

@@ -13,7 +13,7 @@ The random numbers are made on the host, about ten a sample. The pixels are made
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 from kd import augmentations
 from kd.augmentations import (AREA, ASPECT, BRIGHTNESS, CONTRAST, FLIP_X, FLIP_Y, LEFT, PARTNER, PARTNER_SHARE,
                               RANDOM_NUMBERS, SATURATION, TOP, Augmentation)
+from kd.machine.devices import host_array, to_device
 
 # The teacher's logits of a view are kept on disk. They are valid only for the code that made the view.
 CODE = hashlib.sha256(Path(__file__).read_bytes() + Path(augmentations.__file__).read_bytes()).hexdigest()
@@ -87,10 +88,14 @@ def _centre_crops(frames: Tensor, random: np.ndarray, size: int, augmentation: A
     """The very pixels of the evaluation transform. A flip only reorders them."""
     start = round((frames.shape[1] - size) / 2)
     pixels = frames[:, start:start + size, start:start + size].permute(0, 3, 1, 2)
-    for flip, number, dimension in ((augmentation.flip_x, FLIP_X, 3), (augmentation.flip_y, FLIP_Y, 2)):
-        if flip:
-            flipped = torch.from_numpy(random[:, number] < flip).to(frames.device)
-            pixels = torch.where(flipped[:, None, None, None], pixels.flip(dimension), pixels)
+    if not (augmentation.flip_x or augmentation.flip_y):
+        return pixels
+    flips = random[:, [FLIP_X, FLIP_Y]] < [augmentation.flip_x, augmentation.flip_y]
+    flip_x, flip_y = to_device(flips, frames.device).T[:, :, None, None, None]      # one copy for both
+    if augmentation.flip_x:
+        pixels = torch.where(flip_x, pixels.flip(3), pixels)
+    if augmentation.flip_y:
+        pixels = torch.where(flip_y, pixels.flip(2), pixels)
     return pixels
 
 
@@ -104,7 +109,7 @@ def _random_crops(frames: Tensor, random: np.ndarray, size: int, augmentation: A
     extent = np.stack([np.where(flip_x, -width, width), np.where(flip_y, -height, height)], 1)
     jitter = 1 + augmentation.colour * (2 * random[:, [BRIGHTNESS, CONTRAST, SATURATION]] - 1)
     # one copy to the device for all of them
-    numbers = torch.from_numpy(np.concatenate([start, extent, jitter], 1).astype(np.float32)).to(frames.device)
+    numbers = to_device(np.concatenate([start, extent, jitter], 1).astype(np.float32), frames.device)
 
     steps = (torch.arange(size, device=frames.device, dtype=torch.float32) + 0.5) / size
     places = numbers[:, :2, None] + steps * numbers[:, 2:4, None]       # (B, 2, size), in [0, 1]
@@ -147,7 +152,7 @@ def mixup_partners(samples: np.ndarray, view: int, views: Views, total: int) -> 
 
 def mix(pixels: Tensor, others: Tensor, share: np.ndarray) -> Tensor:
     """Mixup (Zhang et al. 2018) of uint8 `(B, 3, H, W)`: `others` enters with `share`, `(B,)` in [0, 1]."""
-    weight = torch.from_numpy(share.astype(np.float32)).to(pixels.device)[:, None, None, None]
+    weight = to_device(share.astype(np.float32), pixels.device)[:, None, None, None]
     mixed = pixels.float() * (1 - weight) + others.float() * weight
     return mixed.round_().to(torch.uint8).contiguous(memory_format=torch.channels_last)
 
@@ -165,21 +170,31 @@ def mixed_labels(labels: np.ndarray, others: np.ndarray, share: np.ndarray, clas
 
 # ---- from the store of frames to the device -------------------------------------------------------------------
 
-def load_views(read: Callable[[np.ndarray], np.ndarray], total: int, samples: np.ndarray, view: int, views: Views,
-               device: torch.device) -> Tensor:
+class Readable(Protocol):
+    """Resized pictures by number, such as `kd.data.frames.Frames`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, R, R, 3)."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, numbers: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """uint8 `(B, R, R, 3)`, written into `out` where that is given."""
+
+
+def load_views(frames: Readable, samples: np.ndarray, view: int, views: Views, device: torch.device) -> Tensor:
     """Read the frames of `samples` and make one view of each, mixed with its partner's under mixup.
 
-    read   sample numbers to uint8 frames `(B, R, R, 3)`
-    total  how many samples there are to take partners from
+    frames  those of the whole split, from which mixup takes partners
     Returns uint8 `(B, 3, size, size)`, channels_last, on `device`.
     """
     def views_of(numbers: np.ndarray) -> Tensor:
-        frames = torch.from_numpy(read(numbers))
-        if device.type == "cuda":  # from pinned memory the host need not wait for the copy
-            frames = frames.pin_memory().to(device, non_blocking=True)
-        return make_views(frames, numbers, view, views)
+        pictures = host_array((len(numbers), *frames.shape[1:]), device)
+        frames.read(numbers, out=pictures.numpy())
+        return make_views(to_device(pictures, device), numbers, view, views)
 
     if not views.augmentation.mixup:
         return views_of(samples)
-    partners, share = mixup_partners(samples, view, views, total)
+    partners, share = mixup_partners(samples, view, views, len(frames))
     return mix(views_of(samples), views_of(partners), share)

@@ -11,24 +11,10 @@ from kd.batches import count_batches, epoch_batches, load_batches
 from kd.data.frames import Data, Split
 from kd.machine import distributed
 from kd.views import Views, load_views
+from tests.helpers.frames import noise
 
 CPU = torch.device("cpu")
-
-
-class Pictures:
-    """23 noisy frames of 36 × 36."""
-
-    digest = "noise"
-    rows = np.random.default_rng(0).integers(0, 256, (23, 36, 36, 3), dtype=np.uint8)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def read(self, numbers: np.ndarray) -> np.ndarray:
-        return self.rows[numbers]
-
-
-SPLIT = Split(Pictures(), np.arange(23) % 3)  # type: ignore[arg-type]
+SPLIT = Split(noise(23), np.arange(23) % 3)  # type: ignore[arg-type]
 DATA = Data(("a", "b", "c"), SPLIT, SPLIT, SPLIT)
 
 
@@ -64,7 +50,7 @@ def test_a_batch_holds_the_views_and_labels_of_its_samples(name):
     assert sorted(np.concatenate([batch.samples for batch in batches])) == list(range(23))
     for batch in batches:
         assert batch.view == 1 and batch.split is SPLIT and (batch.total, batch.weight) == (len(batch.samples), 1.0)
-        assert torch.equal(batch.pixels, load_views(Pictures().read, 23, batch.samples, 1, views, CPU))
+        assert torch.equal(batch.pixels, load_views(SPLIT.frames, batch.samples, 1, views, CPU))
         if name == "crop":
             assert batch.labels.tolist() == (batch.samples % 3).tolist()
         else:

@@ -160,9 +160,9 @@ def test_few_labels_and_other_pictures_in_one_command(tiny, tmp_path, monkeypatc
     seen: dict[str, list] = {}
     step = train.train_step
 
-    def watched(model, optimizer, scaler, batch, x, teacher_logits, *rest):
+    def watched(model, optimizer, scaler, batch, teacher_logits, *rest):
         seen.setdefault("teacher" if teacher_logits is None else "student", []).append(batch.labels.tolist())
-        return step(model, optimizer, scaler, batch, x, teacher_logits, *rest)
+        return step(model, optimizer, scaler, batch, teacher_logits, *rest)
 
     monkeypatch.setattr(train, "train_step", watched)
     result = train.main(config)

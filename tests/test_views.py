@@ -9,12 +9,14 @@ from hypothesis import strategies as st
 from kd.augmentations import AUGMENTATIONS, FLIP_X, Augmentation
 from kd.data.frames import center_crop
 from kd.views import Views, crop_boxes, load_views, make_views, mix, mixed_labels, mixup_partners, uniforms
+from tests.helpers.fake_cuda import CUDA, fake_cuda
+from tests.helpers.frames import noise
 
-FRAMES = np.random.default_rng(0).integers(0, 256, (40, 36, 36, 3), dtype=np.uint8)
+FRAMES = noise(40).rows
 
 
 def views(samples, *, seed=0, view=0, name="crop", size=32):
-    return load_views(FRAMES.__getitem__, len(FRAMES), np.asarray(samples), view,
+    return load_views(noise(40), np.asarray(samples), view,
                       Views(seed, size, AUGMENTATIONS[name], 0), torch.device("cpu"))
 
 
@@ -148,3 +150,11 @@ def test_epochs_go_round_the_views(count, epochs, indices):
     drawn = Views(0, 32, AUGMENTATIONS["crop"], count)
     assert [drawn.index(epoch) for epoch in range(epochs)] == indices
     assert drawn.used(epochs) == len(set(indices))
+
+
+@pytest.mark.parametrize("name", sorted(AUGMENTATIONS))
+def test_on_a_gpu_the_host_never_waits_for_the_making_of_views(name, monkeypatch):
+    with fake_cuda(monkeypatch) as log:
+        made = load_views(noise(40), np.arange(4), 0, Views(0, 32, AUGMENTATIONS[name], 0), CUDA)
+    assert made.device == CUDA and made.shape == (4, 3, 32, 32)
+    assert "aten._to_copy.default" in log.operators and log.blocking == log.reads == 0

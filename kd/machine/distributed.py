@@ -46,8 +46,7 @@ def join(device: torch.device) -> None:
         # Numbers that the host decides by go through gloo, so that the host need not wait for the GPUs.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         try:
-            dist.init_process_group(backend, store=_store_of_this_start(), rank=cli.rank(),
-                                    world_size=ranks)
+            dist.init_process_group(backend, store=_store_of_this_start(), rank=cli.rank(), world_size=ranks)
         except (RuntimeError, ValueError) as error:  # torch's own network errors are RuntimeErrors
             place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise BadInput(f"the {ranks} ranks cannot meet at {place}; start them by torchrun, with a host that all "
@@ -64,6 +63,15 @@ def _store_of_this_start() -> dist.Store:
     store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
     alone = os.environ.get("GROUP_WORLD_SIZE") == "1"
     return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0) if alone else ''}", store)
+
+
+def leave() -> None:
+    """Part from the other ranks, at the end of a run that succeeded. Otherwise torch warns, and a peer may hang.
+
+    Not after a failure: a rank that waits for others which are gone would then wait here.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def world_size() -> int:
@@ -173,9 +181,15 @@ def sync_gradients(model: Any, now: bool) -> ContextManager:
 
 def broadcast_weights(model: nn.Module) -> nn.Module:
     """Give every rank the weights and buffers of rank 0. Collective."""
-    if world_size() > 1:
-        for tensor in model.state_dict().values():
-            dist.broadcast(tensor, 0)
+    if world_size() == 1:
+        return model
+    tensors = list(model.state_dict().values())
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):     # one broadcast for each, not for each tensor
+        alike = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = torch.cat([tensor.reshape(-1) for tensor in alike])
+        dist.broadcast(flat, 0)
+        for tensor, values in zip(alike, flat.split([tensor.numel() for tensor in alike])):
+            tensor.copy_(values.view(tensor.shape))
     return model
 
 

@@ -18,22 +18,21 @@ class Guard:
 
     def __init__(self, role: str, model: nn.Module, device: torch.device, amp: torch.dtype | None) -> None:
         self.role, self.model, self.amp = role, model, amp
-        self.skipped = 0    # steps that were not finite, as of the last `check`
-        # int64: the first bad step + 1 (0: none yet); bad steps in a row just now; the longest such row; all of them
-        self._counts = torch.zeros(4, dtype=torch.int64, device=device)
+        self.skipped = 0                        # steps that were not finite, as of the last `check`
+        self._first: int | None = None          # the first of them
+        self._in_a_row = self._longest = 0      # of them, one after the other: just now, and at most
+        # Loss and norm of the last steps, on the device until they are read; and which steps those are.
+        self._recent = torch.zeros(READ_EVERY, 2, device=device)
+        self._steps: list[int] = []
 
     def note(self, step: int, loss: Tensor, norm: Tensor) -> None:
         """Note whether the loss and the norm of its gradient were finite at `step`.
 
         On the CPU, where reading costs nothing, a fault is raised at its step; on a GPU within READ_EVERY steps.
         """
-        first, in_a_row, longest, total = self._counts
-        bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
-        self._counts[0] = torch.where(bad & (first == 0), step + 1, first)
-        self._counts[1] = torch.where(bad, in_a_row + 1, 0)
-        self._counts[2] = torch.maximum(self._counts[1], longest)
-        self._counts[3] = total + bad
-        if self._counts.device.type == "cpu" or (step + 1) % READ_EVERY == 0:
+        torch.stack([loss.float(), norm.float()], out=self._recent[len(self._steps)])
+        self._steps.append(step)
+        if self._recent.device.type == "cpu" or len(self._steps) == READ_EVERY:
             self._check_steps()
 
     def check(self) -> None:
@@ -50,11 +49,19 @@ class Guard:
                                 f"is from before that; try --amp off or a lower learning rate")
 
     def _check_steps(self) -> None:
-        first, _, longest, self.skipped = self._counts.tolist()
+        finite = torch.isfinite(self._recent[:len(self._steps)]).all(dim=1).tolist() if self._steps else []
+        for step, good in zip(self._steps, finite):
+            self._in_a_row = 0 if good else self._in_a_row + 1
+            self._longest = max(self._longest, self._in_a_row)
+            self.skipped += not good
+            if not good and self._first is None:
+                self._first = step
+        self._steps.clear()
+
         if self.amp is torch.float16:
-            if longest >= SKIPPED_IN_A_ROW:
-                raise TrainingFault(f"{self.role}: the gradient overflowed fp16 in {longest} steps in a row; "
+            if self._longest >= SKIPPED_IN_A_ROW:
+                raise TrainingFault(f"{self.role}: the gradient overflowed fp16 in {self._longest} steps in a row; "
                                     f"try --amp off or a lower learning rate")
-        elif first:
-            raise TrainingFault(f"{self.role}: the loss or its gradient is not finite at step {first - 1}; the last "
+        elif self._first is not None:
+            raise TrainingFault(f"{self.role}: the loss or its gradient is not finite at step {self._first}; the last "
                                 f"checkpoint is from before it; try a lower learning rate")

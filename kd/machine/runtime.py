@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from kd import BadInput, cli
+from kd.machine import devices
 from kd.machine.cores import cpu_quota, usable_cores
 
 
@@ -20,7 +21,7 @@ class Runtime(NamedTuple):
 
     device: torch.device
     amp: torch.dtype | None  # of autocast; None: float32 throughout
-    compile: bool            # torch.compile the training step
+    compile: str             # torch.compile the training step: "on", "off", or "auto" (`compile_pays`)
     kernels: bool            # use the kernels of kd/fast; False: plain modules, the loop that one reads
     line: str                # all of it in one line, for people
 
@@ -37,90 +38,97 @@ def start(device: str, amp: str, compile: str, kernels: str = "auto") -> Runtime
     Raises BadInput where a device, a precision or a compilation is asked for that the machine cannot give.
     """
     limit_threads()
-    chosen = _choose_device(device)
+    chosen = devices.choose(device)
     precision = _choose_precision(amp, chosen)
-    compiled = _choose_compile(compile, chosen)
-
+    if compile == "on":
+        _refuse_without_compiler(chosen)
+    if kernels != "off":
+        tune_allocator()        # on a GPU as well: every batch passes through the host's memory
     if chosen.type == "cuda":
-        torch.backends.cudnn.benchmark = True             # shapes are fixed, so the search pays once
-        torch.backends.cuda.matmul.allow_tf32 = True
-        name = torch.cuda.get_device_name()
-    else:
-        if kernels != "off":
-            tune_allocator()
-        name = f"{torch.get_num_threads()} threads"
+        torch.backends.cudnn.benchmark = True       # shapes are fixed, so the search pays once
+        # TF32 has fp32's range and 10 bits of mantissa. `--amp off` means float32 throughout, so it is off there too.
+        tf32 = precision != "fp32"
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
 
     ranks = f" × {cli.ranks()} ranks" if cli.ranks() > 1 else ""
-    line = f"{chosen.type} ({name}){ranks}, {precision}" + (", compiled" if compiled else "")
-    return Runtime(chosen, DTYPES[precision], compiled, kernels != "off", line)
+    line = f"{chosen.type} ({devices.name(chosen)}){ranks}, {precision}" + (", compiled" if compile == "on" else "")
+    return Runtime(chosen, DTYPES[precision], compile, kernels != "off", line)
 
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def _choose_device(device: str) -> torch.device:
-    available = torch.cuda.is_available()
-    if device == "cuda" and not available:
-        raise BadInput("--device cuda: torch sees no GPU here; use --device cpu or auto")
-    if device == "cpu" or not available:
-        return torch.device("cpu")
-    if "LOCAL_RANK" not in os.environ:
-        return torch.device("cuda")
-
-    chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))  # torchrun: a GPU a rank
-    if chosen.index >= torch.cuda.device_count():
-        raise BadInput(f"--nproc-per-node: more ranks than the {torch.cuda.device_count()} GPUs of this machine")
-    torch.cuda.set_device(chosen)
-    return chosen
-
-
 def _choose_precision(amp: str, device: torch.device) -> str:
-    if amp == "fp16" and device.type == "cpu":
-        raise BadInput("--amp fp16: the CPU has no fast half precision; use bf16, off or auto")
+    if amp == "fp16" and device.type != "cuda":
+        raise BadInput(f"--amp fp16: {device.type} has no fast half precision here; use bf16, off or auto")
     if amp != "auto":
         return "fp32" if amp == "off" else amp
     # bf16 needs no gradient scaler, so it is preferred to fp16. It pays where tensor cores (Ampere and later) or the
-    # CPU's own instructions multiply it. Other CPUs lose more in conversions than they gain.
+    # CPU's own instructions multiply it. Other CPUs lose more in conversions than they gain. So do GPUs older than
+    # 7.0 in fp16: most of them multiply it 64 times more slowly than float32.
     if device.type == "cpu":
         return "bf16" if torch.cpu.get_capabilities().get("avx512_bf16") else "fp32"
-    return "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
+    if device.type != "cuda":
+        return "fp32"
+    generation = torch.cuda.get_device_capability(device)[0]
+    return "bf16" if generation >= 8 else "fp16" if generation == 7 else "fp32"
 
 
-def _choose_compile(compile: str, device: torch.device) -> bool:
-    if compile == "off" or (compile == "auto" and device.type == "cpu"):
-        return False
+# ---- torch.compile --------------------------------------------------------------------------------------------
+
+PAYS_AFTER = 20_000     # steps: compiling takes minutes, and spares some milliseconds a step
+GRAPH_ROWS = 64         # up to so many rows a batch, a GPU waits for its host to launch the kernels
+
+
+def compile_pays(machine: Runtime, steps: int) -> bool:
+    """Whether a training of so many steps is compiled: as --compile says, or where it saves more time than it takes.
+
+    On CPUs it did not pay with any model tried. Tracing alone takes 13 to 20 s for each of the two batch shapes.
+    """
+    if machine.compile == "auto":
+        return machine.device.type == "cuda" and steps >= PAYS_AFTER
+    return machine.compile == "on"
+
+
+def _refuse_without_compiler(device: torch.device) -> None:
+    """Even the smallest function needs a compiler, Python's headers and, on a GPU, Triton. This takes a few seconds:
+    most of them load what the model's compilation needs as well."""
     number = torch.ones(1, device=device)
     try:
-        # Even the smallest function needs a compiler, Python's headers and, on a GPU, Triton. This takes a few seconds:
-        # most of them load what the model's compilation needs as well.
         torch.compile(torch.neg)(number)
     except Exception as error:
-        if compile == "on":
-            raise BadInput(f"--compile on: torch.compile does not work here ({_first_error(error)}); mend that, or use "
-                           f"--compile off") from error
-        print(f"--compile auto: goes on uncompiled, since torch.compile does not work here ({_first_error(error)})")
-        return False
-    return True
+        raise BadInput(f"--compile on: torch.compile does not work here ({_first_error(error)}); mend that, or use "
+                       f"--compile off") from error
 
 
-def compiled(model: nn.Module) -> nn.Module:
+def compiled(model: nn.Module, rows: int, parts: int = 1) -> nn.Module:
     """`torch.compile(model)`. Where its compiler fails on this model, a line says why, and the model runs uncompiled.
+
+    Each batch size gets a graph of its own (`dynamic=False`). Otherwise the short last batch of the first epoch would
+    make a slower graph for all sizes, which then serves every batch.
+
+    rows: the size of a batch. On CUDA, small ones are replayed as CUDA graphs, in which the GPU does not wait for the
+    host. Not so where ranks exchange gradients or those of several `parts` of a batch add up: a graph's next replay
+    overwrites its results.
 
     The compiler fails before anything is computed, so no batch counts twice in BatchNorm or in the random state.
     """
     failed = False
+    replayed = rows <= GRAPH_ROWS and parts == 1 and cli.ranks() == 1
+    graphs = {"triton.cudagraphs": True} if replayed else None
 
     def inductor_or_nothing(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
         nonlocal failed
         if not failed:
             try:
-                return torch._dynamo.lookup_backend("inductor")(graph, inputs)
+                inductor = torch._dynamo.lookup_backend("inductor")
+                return inductor(graph, inputs, config_patches=graphs)
             except Exception as error:
                 print(f"goes on uncompiled: torch.compile fails on this model ({_first_error(error)})")
                 failed = True
         return graph.forward                # the same operations, as they are
 
-    return torch.compile(model, backend=inductor_or_nothing)    # type: ignore[return-value]
+    return torch.compile(model, backend=inductor_or_nothing, dynamic=False)     # type: ignore[return-value]
 
 
 def _first_error(error: Exception) -> str:

@@ -18,7 +18,7 @@ def add_json_flag(parser: argparse.ArgumentParser, meaning: str) -> None:
 
 def add_device_flags(parser: argparse.ArgumentParser) -> None:
     """Where to compute, and in which precision."""
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps", "xpu"), default="auto",
                         help="default: auto, CUDA where there is a GPU")
     parser.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto",
                         help="default: auto, as in training; in another precision, a picture that the model is "

@@ -66,17 +66,6 @@ TOLERANCE = 1e-4   # of the largest logit, or of 1 if that is larger: float32 su
 Logits = Callable[[np.ndarray], np.ndarray]  # from uint8 (B, 3, size, size) to float32 (B, C)
 
 
-class FromPixels(nn.Module):
-    """uint8 `(B, 3, size, size)` to float32 logits `(B, C)`: the model with its normalisation inside."""
-
-    def __init__(self, model: nn.Module, prep: models.Preprocessing) -> None:
-        super().__init__()
-        self.model, self.prep = model, prep
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.model(models.normalize(pixels, self.prep))
-
-
 def read_pixels(split: Split, samples: np.ndarray, size: int) -> np.ndarray:
     """uint8 `(B, 3, size, size)`, contiguous: the input of the exported graph."""
     return np.ascontiguousarray(center_crop(split.frames.read(samples), size).transpose(0, 3, 1, 2))
@@ -84,7 +73,7 @@ def read_pixels(split: Split, samples: np.ndarray, size: int) -> np.ndarray:
 
 # ---- formats: each function writes `file`, and returns the logits that the file gives when it is read back ----------
 
-def write_onnx(module: FromPixels, size: int, metadata: dict[str, str], file: Path) -> Logits:
+def write_onnx(module: models.FromPixels, size: int, metadata: dict[str, str], file: Path) -> Logits:
     """An ONNX graph, by torch's exporter."""
     import onnx
     with warnings.catch_warnings():
@@ -98,14 +87,14 @@ def write_onnx(module: FromPixels, size: int, metadata: dict[str, str], file: Pa
     return onnx_logits(file)
 
 
-def write_torch_export(module: FromPixels, size: int, metadata: dict[str, str], file: Path) -> Logits:
+def write_torch_export(module: models.FromPixels, size: int, metadata: dict[str, str], file: Path) -> Logits:
     """A .pt2 archive, whose metadata is in its file about.json."""
     program = torch.export.export(module, (_example(size),), dynamic_shapes=({0: torch.export.Dim("batch")},))
     torch.export.save(program, file, extra_files={"about.json": json.dumps(metadata)})
     return torch_logits(torch.export.load(file).module())
 
 
-def write_safetensors(module: FromPixels, size: int, metadata: dict[str, str], file: Path) -> Logits:
+def write_safetensors(module: models.FromPixels, size: int, metadata: dict[str, str], file: Path) -> Logits:
     """The weights, and mean and std in the metadata."""
     weights = {name: value.contiguous() for name, value in module.model.state_dict().items()}
     # not save_file, whose files only their owner may read
@@ -113,14 +102,14 @@ def write_safetensors(module: FromPixels, size: int, metadata: dict[str, str], f
         "format": "pt", **metadata, "mean": json.dumps(module.prep.mean), "std": json.dumps(module.prep.std)}))
     model = copy.deepcopy(module.model)
     model.load_state_dict(safetensors.torch.load_file(file))
-    return torch_logits(FromPixels(model, module.prep).eval())
+    return torch_logits(models.FromPixels(model, module.prep).eval())
 
 
 class Format(NamedTuple):
     """What `--to` can name."""
 
     suffix: str
-    write: Callable[[FromPixels, int, dict[str, str], Path], Logits]
+    write: Callable[[models.FromPixels, int, dict[str, str], Path], Logits]
 
 
 FORMATS = {"onnx": Format(".onnx", write_onnx),
@@ -361,7 +350,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     runtime.start("cpu", "off", "off")
     opened = open_model_and_data(args, [args.split, "train"] if args.int8 else [args.split])
     prep, size, split = opened.prep, opened.size, opened.splits[args.split]
-    module = FromPixels(models.freeze(opened.model), prep).eval()
+    module = models.FromPixels(models.freeze(opened.model), prep).eval()
 
     try:
         # the file gets its name only once it has passed the check

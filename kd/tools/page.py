@@ -108,7 +108,7 @@ def sample_views(split: Split, views: Views, epochs: int) -> tuple[np.ndarray, n
     by_class = np.argsort(split.labels, kind="stable")
     places = np.linspace(0, len(split) - 1, min(VIEWS // count, len(split)))
     samples = by_class[places.astype(np.int64)]
-    pixels = [load_views(split.frames.read, len(split), samples, view, views, torch.device("cpu"))
+    pixels = [load_views(split.frames, samples, view, views, torch.device("cpu"))
               for view in range(count)]
     return torch.stack(pixels, 1).permute(0, 1, 3, 4, 2).numpy(), split.labels[samples]
 

@@ -31,8 +31,8 @@ def watch(notes: dict[str, Any], kill: tuple[int, int] = (0, -1)) -> Any:
         notes["losses"].append(distributed.mean_over_ranks(loss).item())
         return loss, norm
 
-    def watched_load(read: Any, total: int, samples: np.ndarray, view: int, *rest: Any) -> Any:
-        made = load(read, total, samples, view, *rest)
+    def watched_load(frames: Any, samples: np.ndarray, view: int, *rest: Any) -> Any:
+        made = load(frames, samples, view, *rest)
         for sample, pixels in zip(samples.tolist(), made, strict=True):
             notes["views"][f"{view}/{sample}"] = hashlib.sha256(pixels.contiguous().numpy()).hexdigest()
         return made

@@ -53,7 +53,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, labels: 
     def loss_fn(student: Tensor, teacher: Tensor | None, y: Tensor) -> Tensor:
         return kd_loss(student, teacher, y, temperature, kd_weight)
 
-    return train.train_step(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), batch, x, teacher_logits,
+    return train.train_step(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), batch, teacher_logits,
                             loss_fn, train.Config(**settings), runtime.start("cpu", "off", "off"))
 
 

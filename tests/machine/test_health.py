@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from kd import TrainingFault
-from kd.machine.health import Guard
+from kd.machine.health import READ_EVERY, Guard
+from tests.helpers.fake_cuda import CUDA, fake_cuda
 
 
 def guard(amp: torch.dtype | None = None, model: nn.Module | None = None) -> Guard:
@@ -48,4 +49,28 @@ def test_weights_and_statistics_that_are_not_finite_are_named_even_where_the_ste
     assert norm.running_var is not None
     norm.running_var[2] = float("nan")
     with pytest.raises(TrainingFault, match="student: 1.running_var is not finite"):
+        watching.check()
+
+
+def test_on_a_gpu_a_step_is_noted_by_one_launch_and_read_after_twenty(monkeypatch):
+    with fake_cuda(monkeypatch) as log:
+        watching = Guard("student", nn.Linear(2, 2), CUDA, None)
+        value = torch.zeros((), device=CUDA)
+        log.operators.clear()
+        for step in range(READ_EVERY - 1):
+            watching.note(step, value, value)
+        launches = [name for name in log.operators if name not in ("aten.select.int", "prim.device.default")]
+        assert launches == ["aten.stack.out"] * (READ_EVERY - 1) and log.reads == log.blocking == 0
+
+
+def test_a_step_that_is_read_later_is_named_by_its_own_number(monkeypatch):
+    """As on a GPU, where twenty steps are read at once."""
+    watching = guard(torch.float16)
+    monkeypatch.setattr(watching, "_check_steps", lambda: None)
+    note(watching, [1, 1, float("inf"), 1], start=100)
+    monkeypatch.undo()
+    watching.check()
+    assert watching.skipped == 1 and watching._first == 102
+    watching.amp = None
+    with pytest.raises(TrainingFault, match="not finite at step 102;"):
         watching.check()

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from kd import BadInput
-from kd.machine import runtime
+from kd.machine import devices, runtime
 from tests.helpers import processes
 from tests.helpers.runs import command_line
 
@@ -22,8 +22,26 @@ def test_a_device_or_precision_that_is_not_there_is_refused(monkeypatch):
         runtime.start("cpu", "fp16", "auto")
     for fast, amp in ((True, torch.bfloat16), (False, None)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": fast})
-        assert runtime.start("cpu", "auto", "auto")[1:3] == (amp, False)
-    assert runtime.start("cpu", "bf16", "off")[1:3] == (torch.bfloat16, False)
+        assert runtime.start("cpu", "auto", "auto").amp == amp
+    assert runtime.start("cpu", "bf16", "off").amp == torch.bfloat16
+
+
+@pytest.mark.parametrize("generation, amp", [(6, None), (7, torch.float16), (8, torch.bfloat16), (10, torch.bfloat16)])
+def test_a_gpu_gets_the_precision_that_its_generation_multiplies_fast(monkeypatch, generation, amp):
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(devices, "choose", lambda flag: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (generation, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn
+    for part in switches:
+        monkeypatch.setattr(part, "allow_tf32", part.allow_tf32)        # put back afterwards
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    assert runtime.start("auto", "auto", "off").amp == amp
+    assert [part.allow_tf32 for part in switches] == [amp is not None] * 2
+    # float32 throughout: not TF32 either
+    machine = runtime.start("auto", "off", "off")
+    assert machine.amp is None and machine.line == "cuda (a GPU), fp32"
+    assert [part.allow_tf32 for part in switches] == [False] * 2
 
 
 def test_the_switch_for_kernels_reaches_the_allocator(monkeypatch):
@@ -54,28 +72,26 @@ def compilations(monkeypatch) -> list:
     return seen
 
 
-def test_whether_to_compile_is_found_out_by_compiling(compilations, capsys):
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert not runtime._choose_compile("off", cpu) and not runtime._choose_compile("off", cuda)
-    assert not runtime._choose_compile("auto", cpu) and compilations == []
-    assert runtime._choose_compile("on", cpu) and len(compilations) == 1
-    assert runtime._choose_compile("auto", cuda) and runtime._choose_compile("on", cuda) and len(compilations) == 3
-    assert runtime.start("cpu", "off", "on").line.endswith("fp32, compiled")
+def test_whether_it_is_compiled_follows_the_flag_the_device_and_the_steps(compilations, capsys):
+    machine = runtime.start("cpu", "off", "on")
+    assert machine.line.endswith("fp32, compiled") and len(compilations) == 1      # tried, before anything is loaded
+    cuda = machine._replace(device=torch.device("cuda"))
+    assert runtime.compile_pays(machine, 1) and runtime.compile_pays(cuda, 1)
+    for flag, many in (("auto", True), ("off", False)):
+        assert not runtime.compile_pays(machine._replace(compile=flag), 10**9)
+        assert runtime.compile_pays(cuda._replace(compile=flag), runtime.PAYS_AFTER) == many
+        assert not runtime.compile_pays(cuda._replace(compile=flag), runtime.PAYS_AFTER - 1)
+    assert runtime.start("cpu", "off", "auto").line.endswith("fp32") and len(compilations) == 1
     assert capsys.readouterr().out == ""
 
 
-def test_without_a_compiler_auto_goes_on_after_one_line_and_on_is_refused(compilations, monkeypatch, capsys):
+def test_without_a_compiler_on_is_refused(compilations, monkeypatch):
     def compile(function):
         raise NO_COMPILER
 
     monkeypatch.setattr(torch, "compile", compile)
-    assert not runtime._choose_compile("auto", torch.device("cuda"))
-    assert capsys.readouterr().out == (
-        "--compile auto: goes on uncompiled, since torch.compile does not work here "
-        "(x.cpp:1:10: fatal error: Python.h: No such file or directory)\n")
-    for device in ("cpu", "cuda"):
-        with pytest.raises(BadInput, match=r"^--compile on: .*Python.h: No such file.*\); .*--compile off$"):
-            runtime._choose_compile("on", torch.device(device))
+    with pytest.raises(BadInput, match=r"^--compile on: .*Python.h: No such file.*\); .*--compile off$"):
+        runtime.start("cpu", "off", "on")
 
 
 def test_a_run_that_cannot_be_compiled_is_refused_before_anything_is_loaded(tiny, tmp_path):
@@ -102,7 +118,7 @@ def test_a_model_that_cannot_be_compiled_computes_the_same_and_a_line_says_why(m
     called: list = []
     lookup = torch._dynamo.lookup_backend
 
-    def inductor(graph, inputs):
+    def inductor(graph, inputs, config_patches=None):
         called.append(graph)
         raise RuntimeError("LoweringException: no such kernel\n  while executing %conv2d")
 
@@ -114,7 +130,7 @@ def test_a_model_that_cannot_be_compiled_computes_the_same_and_a_line_says_why(m
     model = copy.deepcopy(plain)
     x = torch.randn(6, 3, 8, 8)
     found = []
-    for one, forward in ((plain, plain), (model, runtime.compiled(model))):
+    for one, forward in ((plain, plain), (model, runtime.compiled(model, 6))):
         torch.manual_seed(1)
         logits = [forward(x), forward(x[:5])]
         sum(each.square().sum() for each in logits).backward()
@@ -138,3 +154,23 @@ def test_threads_are_lowered_to_a_quota_that_the_user_did_not_override(monkeypat
     runtime.limit_threads()
     assert torch.get_num_threads() == threads
     torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("rows, parts, ranks, replayed", [(64, 1, 1, True), (65, 1, 1, False), (64, 2, 1, False),
+                                                          (64, 1, 2, False)])
+def test_each_batch_size_has_a_graph_of_its_own_and_small_ones_are_replayed(monkeypatch, rows, parts, ranks, replayed):
+    options: list = []
+    shapes: list = []
+
+    def inductor(graph, inputs, config_patches):
+        options.append(config_patches)
+        shapes.append(tuple(inputs[0].shape))
+        return graph.forward
+
+    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: inductor)
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    forward = runtime.compiled(nn.Flatten(), rows, parts)
+    for count in (4, 4, 6, 4, 6):
+        assert forward(torch.zeros(count, 2, 3)).shape == (count, 6)
+    assert shapes == [(4, 2, 3), (6, 2, 3)]         # fixed numbers, and the first graph serves again
+    assert options == [{"triton.cudagraphs": True} if replayed else None] * 2

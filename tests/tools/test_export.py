@@ -196,7 +196,7 @@ class ColoursBesideDeadChannels(torch.nn.Module):
 def test_int8_takes_the_settings_that_suit_the_network(photos, tmp_path):
     data = decode(open_dataset(str(photos)), size=SIZE, crop_pct=0.9, interpolation="bilinear",
                   cache_dir=tmp_path / "cache")
-    module = export.FromPixels(ColoursBesideDeadChannels(), PREP).eval()
+    module = models.FromPixels(ColoursBesideDeadChannels(), PREP).eval()
     export.write_onnx(module, SIZE, {"labels": "[]"}, tmp_path / "colours.onnx")
     pytorch, everything = export.torch_logits(module), np.arange(42)
     pixels = export.read_pixels(data.train, everything, SIZE)

@@ -25,6 +25,7 @@ from kd.tools import page, plots
 from kd.tools.predictions import Predictions, read_predictions
 from kd.views import Views, load_views
 from tests.helpers import browser
+from tests.helpers.frames import noise
 
 VOID = {"meta", "link", "img", "source", "wbr", "br"}
 HOSTILE = "<script>alert(1)</script>"
@@ -84,12 +85,16 @@ class Fakes(NamedTuple):
     """Frames that are each filled with their number."""
 
     total: int
+    shape = (0, 46, 46, 3)
 
     def __len__(self) -> int:
         return self.total
 
-    def read(self, numbers: np.ndarray) -> np.ndarray:
-        return np.ones((len(numbers), 46, 46, 3), np.uint8) * numbers.astype(np.uint8)[:, None, None, None]
+    def read(self, numbers: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        made = np.ones((len(numbers), 46, 46, 3), np.uint8) * numbers.astype(np.uint8)[:, None, None, None]
+        if out is not None:
+            out[:] = made
+        return made
 
 
 def make_data(classes: tuple[str, ...], test_labels: np.ndarray) -> Data:
@@ -301,21 +306,14 @@ def test_many_classes_are_a_picture_and_no_control_is_said(tmp_path):
             assert window.value("document.documentElement.scrollWidth <= innerWidth")
 
 
-class Random(Fakes):
-    """Frames of random pixels."""
-
-    def read(self, numbers: np.ndarray) -> np.ndarray:
-        return np.random.default_rng(0).integers(0, 255, (self.total, 40, 40, 3), np.uint8)[numbers]
-
-
 def test_the_sheet_has_the_very_views_of_training():
-    split = Split(Random(9), np.arange(9) % 3)  # type: ignore[arg-type]
+    split = Split(noise(9, 40), np.arange(9) % 3)  # type: ignore[arg-type]
     views = Views(seed=3, size=32, augmentation=AUGMENTATIONS["crop"], count=2)
     pictures, labels = page.sample_views(split, views, 30)
     assert pictures.shape == (9, 2, 32, 32, 3) and labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     by_class = np.argsort(split.labels, kind="stable")
     for view in range(2):
-        expected = load_views(split.frames.read, 9, by_class, view, views, torch.device("cpu"))
+        expected = load_views(split.frames, by_class, view, views, torch.device("cpu"))
         assert np.array_equal(pictures[:, view], expected.permute(0, 2, 3, 1).numpy())
     fresh = Views(seed=3, size=32, augmentation=AUGMENTATIONS["crop"], count=0)
     assert page.sample_views(split, fresh, 30)[0].shape[:2] == (4, 6)
