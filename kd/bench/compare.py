@@ -132,6 +132,7 @@ class Turns:
         order = random.Random(0)        # shuffled, so that none always follows the same other one
         longest = 0.0                   # seconds of a round
         first = time.monotonic()
+        expected = self._expected(first - begin, first - begin, rounds, deadline - begin)
         while len(rows) < (rounds or LEAST_ROUNDS) or (not rounds and time.monotonic() + longest < deadline):
             round_begin = time.monotonic()
             part = f"round {len(rows) + 1}" + (f" of {rounds}" if rounds else "")
@@ -140,10 +141,15 @@ class Turns:
 
             longest = max(longest, time.monotonic() - round_begin)
             a_round = (time.monotonic() - first) / len(rows)
-            least = first - begin + (rounds or LEAST_ROUNDS) * a_round
-            expected = least if rounds else max(deadline - begin, least)
+            expected = self._expected(first - begin, a_round, rounds, deadline - begin)
         progress.close()
         self.rates = np.array(rows)     # (rounds, loops)
+
+    @staticmethod
+    def _expected(warm_up: float, a_round: float, rounds: int, budget: float) -> float:
+        """How long it will take from begin to end; all in seconds but `rounds`."""
+        least = warm_up + (rounds or LEAST_ROUNDS) * a_round
+        return least if rounds else max(budget, least)
 
     @property
     def rounds(self) -> int:
