@@ -46,14 +46,15 @@ class Subset:
     """
 
     def __init__(self, split: Split, samples: int) -> None:
-        self.frames, self.digest, self.samples = split.frames, f"{split.frames.digest}/{samples}", samples
+        self.frames, self.digest = split.frames, f"{split.frames.digest}/{samples}"
+        self.shape = (samples, *split.frames.shape[1:])
 
     def __len__(self) -> int:
-        return self.samples
+        return self.shape[0]
 
-    def read(self, numbers: np.ndarray) -> np.ndarray:
-        """uint8 `(B, R, R, 3)`."""
-        return self.frames.read(numbers % len(self.frames))
+    def read(self, numbers: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """uint8 `(B, R, R, 3)`, written into `out` where that is given."""
+        return self.frames.read(numbers % len(self.frames), out)
 
 
 def block(data: Data, samples: int) -> Data:
@@ -97,9 +98,10 @@ class Bench:
 
     def compiled(self, model: nn.Module, *settings: Any, **more: Any) -> nn.Module:
         """What `fit` trains: `runtime.compiled(model)`, but once a model, as in a run of many epochs."""
-        if model not in self._compiled:
-            self._compiled[model] = compile_model(model, *settings, **more)
-        return self._compiled[model]
+        student = getattr(model, "model", model)    # also where a new module normalises its pixels in each `fit`
+        if student not in self._compiled:
+            self._compiled[student] = compile_model(model, *settings, **more)
+        return self._compiled[student]
 
     def fit(self, student: nn.Module, cold: bool = False, steps: int = 0) -> float:
         """Images/s of one epoch of the real `fit` over the block, waiting for data and logging included.
@@ -208,9 +210,9 @@ def _step_by_parts(bench: Bench, student: nn.Module) -> tuple[dict[str, float], 
     # ---- every piece reports when it is over ----------------------------------------------------------------
     real_read = bench.data.train.frames.read
 
-    def read(samples: np.ndarray) -> np.ndarray:
+    def read(samples: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         lap("view")
-        frames = real_read(samples)
+        frames = real_read(samples, out)
         lap("data")
         return frames
 
