@@ -118,15 +118,15 @@ def run_tests(arguments: list[str]) -> dict[str, Any]:
 class Process:
     """A part in a process of its own, whose group can be ended."""
 
-    def __init__(self, part: Part, arguments: list[str], folder: Path) -> None:
+    def __init__(self, part: Part, folder: Path) -> None:
         self.part, self.begin = part, time.monotonic()
         self.log, self.found = folder / f"{part.name}.log", folder / f"{part.name}.json"
-        # the caches of pictures and logits go where they are removed in the end
-        environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache"), "PYTHONUNBUFFERED": "1"}
+        command = [sys.executable, "-m", "tests.gpu", str(self.found), "--part", part.name, "--", *part.arguments]
+        if "--dataset" in part.arguments:   # decoded pictures and logits go where they are removed in the end
+            command += ["--cache-dir", str(folder / "cache")]
         with open(self.log, "w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "tests.gpu", str(self.found), "--part", part.name, "--", *arguments], cwd=ROOT,
-                env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+            self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
+                                            env={**os.environ, "PYTHONUNBUFFERED": "1"}, start_new_session=True)
 
     def wait(self, seconds: float) -> dict[str, Any]:
         """What it found, once it has ended, or was ended after so many seconds."""
@@ -161,8 +161,8 @@ def run_all(chosen: list[Part], out: Path, total: float = TOTAL) -> list[dict[st
             # Their compilations take most of the time of the comparisons. What they compile is kept on the disk.
             for part in chosen:
                 if part.name.startswith("compare"):
-                    compiling.append(Process(part._replace(name=f"{part.name}-first"),
-                                             [*part.arguments, "--rounds", "2"], folder))
+                    compiling.append(Process(Part(f"{part.name}-first", COMPILED_BY,
+                                                  [*part.arguments, "--rounds", "2"]), folder))
                     ending.callback(compiling[-1].end)
         for part in chosen:
             left = total - (time.monotonic() - begin)
@@ -171,7 +171,7 @@ def run_all(chosen: list[Part], out: Path, total: float = TOTAL) -> list[dict[st
                                            "seconds": 0, "last_lines": [f"no time left of {total} s"]}
             else:
                 print(f"{part.name}: at most {min(part.seconds, left):.0f} s", file=sys.stderr, flush=True)
-                content = Process(part, part.arguments, folder).wait(min(part.seconds, left))
+                content = Process(part, folder).wait(min(part.seconds, left))
             if part.name == "tests":    # from here on, things are timed
                 for first in compiling:
                     first.wait(COMPILED_BY - (time.monotonic() - begin))
