@@ -103,7 +103,7 @@ def test_timms_task_has_the_loss_of_kd_loss(temperature, kd_weight):
     student, teacher = (timm.create_model("test_efficientnet", num_classes=3) for _ in range(2))
     for model in (student, teacher):
         model.eval()
-        torch.nn.init.normal_(model.classifier.weight, std=30)  # timm's own leaves all logits nearly equal
+        torch.nn.init.normal_(model.get_parameter("classifier.weight"), std=30)     # timm's leave all logits alike
     x, labels = torch.randn(6, 3, 32, 32), torch.arange(6) % 3
     task = compare.timm_task(student, teacher, temperature, kd_weight, torch.device("cpu"))
     loss = task(x, labels)["loss"]

@@ -62,7 +62,7 @@ def tiny_run(augment: str, amp: str, mode: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         config = dataclasses.replace(tiny_config(make_photos(Path(folder) / "photos"), Path(folder)), augment=augment,
                                      amp=amp, views=0, device=DEVICE.type, compile="off")
-        train.train_step = watched
+        train.train_step = watched  # type: ignore[assignment]
         try:
             with warnings.catch_warnings(), sync_debug(mode) if mode == "warn" else contextlib.nullcontext():
                 warnings.simplefilter("always")
