@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import resource
 import sys
 import tempfile
@@ -9,6 +10,7 @@ import time
 from itertools import count
 from pathlib import Path
 from typing import Any, Iterator
+from unittest import mock
 
 import numpy as np
 import torch
@@ -21,12 +23,15 @@ from kd.bench.limits import communication, machine_limits, training_flops, wait
 from kd.data.frames import Data, Split
 from kd.logits import LogitStore
 from kd.machine import distributed, runtime
-from kd.run import Run
+from kd.run import Clock, Run
 from kd.teacher import StoreOptions, Teacher
 from kd.views import Views
 
 DEFAULTS = {"dataset": "beans", "size": 224, "batch_size": 8, "teacher": "resnet50", "teacher_weights": "none",
             "student": "mobilenetv2_100"}
+
+
+compile_model = runtime.compiled    # `Bench.fit` puts its own in this place
 
 
 def note(line: str) -> None:
@@ -35,13 +40,28 @@ def note(line: str) -> None:
 
 
 class Subset:
-    """The first `samples` frames of a split, so that an epoch of `fit` is a block of a few steps."""
+    """The first `samples` frames of a split, so that an epoch of `fit` is a block of a few steps.
+
+    A split that has fewer begins again.
+    """
 
     def __init__(self, split: Split, samples: int) -> None:
-        self.read, self.digest, self.samples = split.frames.read, f"{split.frames.digest}/{samples}", samples
+        self.frames, self.digest = split.frames, f"{split.frames.digest}/{samples}"
+        self.shape = (samples, *split.frames.shape[1:])
 
     def __len__(self) -> int:
-        return self.samples
+        return self.shape[0]
+
+    def read(self, numbers: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """uint8 `(B, R, R, 3)`, written into `out` where that is given."""
+        return self.frames.read(numbers % len(self.frames), out)
+
+
+def block(data: Data, samples: int) -> Data:
+    """`data` with so many samples to train on, and one to validate on."""
+    train, validation = (Split(Subset(split, count), np.resize(split.labels, count))  # type: ignore[arg-type]
+                         for split, count in ((data.train, samples), (data.validation, 1)))
+    return Data(data.classes, train, validation, validation)
 
 
 class Bench:
@@ -61,10 +81,8 @@ class Bench:
                                 interpolation=self.prep.interpolation, cache_dir=cfg.cache_dir)
             teacher = models.freeze(train.build("teacher", dataset.classes, cfg, self.machine))
 
-        self.samples = min(steps * cfg.batch_size, len(data.train.labels))
-        block = Split(Subset(data.train, self.samples), data.train.labels[:self.samples])  # type: ignore[arg-type]
-        single = Split(Subset(data.validation, 1), data.validation.labels[:1])             # type: ignore[arg-type]
-        self.data = Data(data.classes, block, single, single)
+        self.samples = steps * cfg.batch_size
+        self.data = block(data, self.samples)
         self.views = Views(0, cfg.size, train.AUGMENTATIONS[cfg.augment], 1)
 
         self.teacher = Teacher(teacher, models.preprocessing(teacher), self.data, self.views, self.machine,
@@ -72,27 +90,51 @@ class Bench:
         self.warm = self.teacher.store
         self.loss_fn, self.loss_name = train.choose_loss(self.data, self.views, cfg.kd_weight, cfg,
                                                          self.machine)
+        self._compiled: dict[nn.Module, nn.Module] = {}
 
     def new_student(self, classes: tuple[str, ...]) -> nn.Module:
         """Random weights, with the kernels of kd/fast unless `--kernels off`."""
         return train.build("student", classes, self.cfg, self.machine)
 
-    def fit(self, student: nn.Module, cold: bool = False) -> float:
+    def compiled(self, model: nn.Module, *settings: Any, **more: Any) -> nn.Module:
+        """What `fit` trains: `runtime.compiled(model)`, but once a model, as in a run of many epochs."""
+        student = getattr(model, "model", model)    # also where a new module normalises its pixels in each `fit`
+        if student not in self._compiled:
+            self._compiled[student] = compile_model(model, *settings, **more)
+        return self._compiled[student]
+
+    def fit(self, student: nn.Module, cold: bool = False, steps: int = 0) -> float:
         """Images/s of one epoch of the real `fit` over the block, waiting for data and logging included.
 
         cold: with an empty store of logits, so that the teacher is asked for all.
+        steps: only so many of the block; 0: all.
         """
-        number = next(self._runs)
-        self.teacher.store = self.warm
+        number, whole = next(self._runs), self.data
+        data = block(whole, steps * self.cfg.batch_size) if steps else whole
+        self.teacher.data, self.teacher.store = data, self.warm
         if cold:
-            self.teacher.store = LogitStore(self.folder / f"cold-{number}", {}, self.samples, len(self.data.classes))
+            self.teacher.store = LogitStore(self.folder / f"cold-{number}", {}, len(data.train), len(data.classes))
         run = Run(self.folder / f"run-{number}", {}, set())
         run.flush_before_save(self.teacher.store)
-        job = train.Job("student", student, self.prep, self.data, self.views, self.machine, 1, self.cfg.lr,
+        job = train.Job("student", student, self.prep, data, self.views, self.machine, 1, self.cfg.lr,
                         self.cfg.kd_weight, self.teacher)
-        with contextlib.redirect_stdout(sys.stderr if sys.stderr.isatty() else None):
+
+        pause = Clock.pause
+
+        def pause_after_the_device(clock: Clock) -> bool:
+            # A short epoch is queued on a GPU long before it is computed.
+            wait(self.machine.device)
+            return pause(clock)
+
+        wait(self.machine.device)
+        with (contextlib.redirect_stdout(io.StringIO()) as said,
+              mock.patch.object(runtime, "compiled", self.compiled),
+              mock.patch.object(Clock, "pause", pause_after_the_device)):
             train.fit(job, self.cfg, run)
-        self.teacher.store = self.warm
+        for line in said.getvalue().splitlines():
+            if sys.stderr.isatty() or "uncompiled" in line:
+                note(line)
+        self.teacher.data, self.teacher.store = whole, self.warm
         return run.history[0]["images_per_second"]
 
     def batches(self) -> Iterator[Batch]:
@@ -168,9 +210,9 @@ def _step_by_parts(bench: Bench, student: nn.Module) -> tuple[dict[str, float], 
     # ---- every piece reports when it is over ----------------------------------------------------------------
     real_read = bench.data.train.frames.read
 
-    def read(samples: np.ndarray) -> np.ndarray:
+    def read(samples: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         lap("view")
-        frames = real_read(samples)
+        frames = real_read(samples, out)
         lap("data")
         return frames
 

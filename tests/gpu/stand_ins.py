@@ -1,0 +1,27 @@
+"""Stand-ins for libraries that a machine with a GPU may lack, and that no number depends on.
+
+TensorBoard's log, the page of a run and its plots are for people. Without those libraries, `train.main` still trains.
+"""
+
+import importlib.util
+import sys
+from types import ModuleType
+from unittest.mock import MagicMock
+
+
+def missing(library: str) -> bool:
+    """Whether it cannot be imported here."""
+    return importlib.util.find_spec(library) is None
+
+
+def install() -> None:
+    """Put them in the place of what is missing. Call it before the first import of `train`."""
+    if missing("tensorboard"):
+        for name in ("tensorboard", "tensorboard.compat", "tensorboard.compat.proto", "tensorboard.summary",
+                     "tensorboard.compat.proto.event_pb2", "tensorboard.compat.proto.summary_pb2",
+                     "tensorboard.summary.writer", "tensorboard.summary.writer.record_writer"):
+            sys.modules[name] = MagicMock()
+    if missing("matplotlib") or missing("jinja2"):
+        page = ModuleType("kd.tools.page")
+        page.write_report = lambda *arguments: "not drawn"  # type: ignore[attr-defined]
+        sys.modules["kd.tools.page"] = page
