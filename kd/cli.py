@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import io
 import json
 import math
 import os
@@ -91,7 +92,7 @@ def parse_config(config_class: type, recipes: Recipes, argv: list[str], doc: str
     parser = _parser(fields, recipes, doc)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
-        options = [option for action in parser._actions for option in action.option_strings if option[:2] == "--"]
+        options = ["--help", *map(option_of, fields)]
         raise BadInput(f"unknown argument {unknown[0]}{nearest(unknown[0].split('=')[0], options)}")
 
     flags = {name: value for name, value in vars(given).items() if value is not None}
@@ -125,6 +126,7 @@ def default_text(name: str, default: Any, recipes: Recipes) -> str:
 
 def parse_or_exit(config_class: type, recipes: Recipes, doc: str | None) -> Any:
     """`parse_config` of this process's command line. A mistake ends the process with one line and status 2."""
+    escape_unknown_letters()
     try:
         return parse_config(config_class, recipes, sys.argv[1:], doc or "")
     except BadInput as error:
@@ -155,6 +157,13 @@ def base_name(value: str) -> str:
 
 # ---- running, and leaving with one line and a status ---------------------------------------------------------------
 
+def escape_unknown_letters() -> None:
+    """Print λ as \\u03bb, not as an error, where the terminal or the pipe has an encoding without it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def run(main: Callable[[Any], Any], config: Any) -> None:
     """Print what `main(config)` returns as one line of JSON, the last on stdout.
 
@@ -164,7 +173,7 @@ def run(main: Callable[[Any], Any], config: Any) -> None:
     try:
         with contextlib.ExitStack() as hushed:
             if config.quiet or rank():
-                nowhere = hushed.enter_context(open(os.devnull, "w"))
+                nowhere = hushed.enter_context(open(os.devnull, "w", encoding="utf-8"))
                 hushed.enter_context(contextlib.redirect_stdout(nowhere))
                 hushed.enter_context(contextlib.redirect_stderr(nowhere))
             result = main(config)
