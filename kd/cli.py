@@ -10,6 +10,7 @@ import difflib
 import io
 import json
 import math
+import numbers
 import os
 import shlex
 import signal
@@ -84,10 +85,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def parse_config(config_class: type, recipes: Recipes, argv: list[str], doc: str) -> Any:
-    """Build `config_class` from its defaults, overridden by the recipe, overridden by the flags.
-
-    Raises BadInput for an unknown flag, value or recipe, naming the nearest known ones.
-    """
+    """`build_config` of a command line. Raises BadInput for a mistake, naming the nearest known flag or value."""
     fields = {field.name: field for field in dataclasses.fields(config_class)}
     parser = _parser(fields, recipes, doc)
     given, unknown = parser.parse_known_args(argv)
@@ -95,11 +93,33 @@ def parse_config(config_class: type, recipes: Recipes, argv: list[str], doc: str
         options = ["--help", *map(option_of, fields)]
         raise BadInput(f"unknown argument {unknown[0]}{nearest(unknown[0].split('=')[0], options)}")
 
-    flags = {name: value for name, value in vars(given).items() if value is not None}
-    recipe = flags.get("recipe", fields["recipe"].default)
-    config = config_class(**{**recipes.get(recipe, {}), **flags, "recipe": recipe})
+    return build_config(config_class, recipes, {name: value for name, value in vars(given).items() if value is not None})
+
+
+def build_config(config_class: type, recipes: Recipes, flags: dict[str, Any]) -> Any:
+    """Build `config_class` from its defaults, overridden by the recipe, overridden by the flags.
+
+    Raises BadInput for an unknown flag, value or recipe, naming the nearest known ones.
+    """
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    for name in flags:
+        if name not in fields:
+            raise BadInput(f"unknown argument {name}{nearest(name, list(fields))}")
+
+    settings = {name: _typed(fields[name], value) for name, value in flags.items()}
+    recipe = settings.get("recipe", fields["recipe"].default)
+    config = config_class(**{**recipes.get(recipe, {}), **settings, "recipe": recipe})
     check(config)
     return config
+
+
+def _typed(field: dataclasses.Field, value: Any) -> Any:
+    """`value` in the type of the field's default. A path may be a Path, and an int may stand for a float."""
+    kind = type(field.default)
+    allowed = {bool: bool, int: numbers.Integral, float: numbers.Real, str: (str, os.PathLike)}[kind]
+    if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
+        raise BadInput(f"{option_of(field.name)} {value!r}: must be of type {kind.__name__}")
+    return kind(value)
 
 
 def _parser(fields: dict[str, dataclasses.Field], recipes: Recipes, doc: str) -> OneLineParser:
