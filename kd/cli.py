@@ -93,7 +93,8 @@ def parse_config(config_class: type, recipes: Recipes, argv: list[str], doc: str
         options = ["--help", *map(option_of, fields)]
         raise BadInput(f"unknown argument {unknown[0]}{nearest(unknown[0].split('=')[0], options)}")
 
-    return build_config(config_class, recipes, {name: value for name, value in vars(given).items() if value is not None})
+    flags = {name: value for name, value in vars(given).items() if value is not None}
+    return build_config(config_class, recipes, flags)
 
 
 def build_config(config_class: type, recipes: Recipes, flags: dict[str, Any]) -> Any:
