@@ -116,8 +116,8 @@ def build_config(config_class: type, recipes: Recipes, flags: dict[str, Any]) ->
 
 def _typed(field: dataclasses.Field, value: Any) -> Any:
     """`value` in the type of the field's default. A path may be a Path, and an int may stand for a float."""
-    kind = type(field.default)
-    allowed = {bool: bool, int: numbers.Integral, float: numbers.Real, str: (str, os.PathLike)}[kind]
+    kind: Any = type(field.default)
+    allowed: Any = {bool: bool, int: numbers.Integral, float: numbers.Real, str: (str, os.PathLike)}[kind]
     if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
         raise BadInput(f"{option_of(field.name)} {value!r}: must be of type {kind.__name__}")
     return kind(value)

@@ -58,7 +58,8 @@ def read(path: Path) -> Weights:
     BadInput for a file that is damaged, holds no weights, or needs code to be opened.
     """
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             content = timm.models.load_state_dict(str(path))    # a pickle: by torch.load(weights_only=True)
         state = {key: value for key, value in content.items() if isinstance(value, Tensor)}
     except Exception as error:  # given damaged bytes, the readers raise nearly anything

@@ -190,7 +190,7 @@ def confusion(counts: np.ndarray, role: str) -> Confusion:
     if len(counts) <= CLASSES_IN_A_TABLE:
         return Confusion(counts.tolist(), shares.tolist(), None, [])
     mistakes = np.argwhere((counts > 0) & ~np.eye(len(counts), dtype=bool)).tolist()
-    mistakes.sort(key=lambda cell: -counts[*cell])
+    mistakes.sort(key=lambda cell: -counts[tuple(cell)])
     most_frequent = [(true, predicted, int(counts[true, predicted])) for true, predicted in mistakes[:5]]
     return Confusion(counts.tolist(), shares.tolist(), plots.heat_map(shares, role), most_frequent)
 
