@@ -114,6 +114,11 @@ class Config:
                      ("end", "every-epoch"))
     private: bool = flag(False, "if that repository is new, make it private")
 
+    @classmethod
+    def of(cls, recipe: str = "demo", **flags: Any) -> "Config":
+        """A recipe and flags, as on the command line: Config.of("demo", epochs=3). Raises BadInput."""
+        return cli.build_config(cls, RECIPES, {**flags, "recipe": recipe})
+
 
 RECIPES: dict[str, dict[str, Any]] = {
     # Some minutes on two CPU cores and nothing to download: both models start from random weights.
@@ -340,6 +345,7 @@ def epoch_entry(job: Job, position: Position, result: dict[str, Any], lr: float,
 
 
 @signals.handlers_restored()                                  # a notebook goes on after main
+@hub.online_again()
 def main(cfg: Config) -> dict[str, Any]:
     """The whole run. Returns what result.json holds. Raises BadInput, TrainingFault or Stopped."""
     check(cfg)                                                # what can be found wrong right now

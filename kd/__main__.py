@@ -52,11 +52,11 @@ def run(argv: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if error.errno == errno.EPIPE:
             # The reader has seen enough, as `head` does. A shell shows 141 for cat or grep that end in this way, since
-            # they die of SIGPIPE, and scripts with `set -o pipefail` know that status.
-            return 128 + signal.SIGPIPE
+            # they die of SIGPIPE (13, which Windows lacks), and scripts with `set -o pipefail` know that status.
+            return 128 + 13
         cli.fail(f"stdout cannot be written ({error.strerror})", TrainingFault.status, "kd")
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")   # type: ignore[union-attr]  # é as \xe9 on an ASCII terminal
+    cli.escape_unknown_letters()
     sys.exit(run(sys.argv[1:]))

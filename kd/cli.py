@@ -7,8 +7,10 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import io
 import json
 import math
+import numbers
 import os
 import shlex
 import signal
@@ -83,22 +85,42 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def parse_config(config_class: type, recipes: Recipes, argv: list[str], doc: str) -> Any:
+    """`build_config` of a command line. Raises BadInput for a mistake, naming the nearest known flag or value."""
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    parser = _parser(fields, recipes, doc)
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        options = ["--help", *map(option_of, fields)]
+        raise BadInput(f"unknown argument {unknown[0]}{nearest(unknown[0].split('=')[0], options)}")
+
+    flags = {name: value for name, value in vars(given).items() if value is not None}
+    return build_config(config_class, recipes, flags)
+
+
+def build_config(config_class: type, recipes: Recipes, flags: dict[str, Any]) -> Any:
     """Build `config_class` from its defaults, overridden by the recipe, overridden by the flags.
 
     Raises BadInput for an unknown flag, value or recipe, naming the nearest known ones.
     """
     fields = {field.name: field for field in dataclasses.fields(config_class)}
-    parser = _parser(fields, recipes, doc)
-    given, unknown = parser.parse_known_args(argv)
-    if unknown:
-        options = [option for action in parser._actions for option in action.option_strings if option[:2] == "--"]
-        raise BadInput(f"unknown argument {unknown[0]}{nearest(unknown[0].split('=')[0], options)}")
+    for name in flags:
+        if name not in fields:
+            raise BadInput(f"unknown argument {name}{nearest(name, list(fields))}")
 
-    flags = {name: value for name, value in vars(given).items() if value is not None}
-    recipe = flags.get("recipe", fields["recipe"].default)
-    config = config_class(**{**recipes.get(recipe, {}), **flags, "recipe": recipe})
+    settings = {name: _typed(fields[name], value) for name, value in flags.items()}
+    recipe = settings.get("recipe", fields["recipe"].default)
+    config = config_class(**{**recipes.get(recipe, {}), **settings, "recipe": recipe})
     check(config)
     return config
+
+
+def _typed(field: dataclasses.Field, value: Any) -> Any:
+    """`value` in the type of the field's default. A path may be a Path, and an int may stand for a float."""
+    kind: Any = type(field.default)
+    allowed: Any = {bool: bool, int: numbers.Integral, float: numbers.Real, str: (str, os.PathLike)}[kind]
+    if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
+        raise BadInput(f"{option_of(field.name)} {value!r}: must be of type {kind.__name__}")
+    return kind(value)
 
 
 def _parser(fields: dict[str, dataclasses.Field], recipes: Recipes, doc: str) -> OneLineParser:
@@ -125,6 +147,7 @@ def default_text(name: str, default: Any, recipes: Recipes) -> str:
 
 def parse_or_exit(config_class: type, recipes: Recipes, doc: str | None) -> Any:
     """`parse_config` of this process's command line. A mistake ends the process with one line and status 2."""
+    escape_unknown_letters()
     try:
         return parse_config(config_class, recipes, sys.argv[1:], doc or "")
     except BadInput as error:
@@ -155,6 +178,13 @@ def base_name(value: str) -> str:
 
 # ---- running, and leaving with one line and a status ---------------------------------------------------------------
 
+def escape_unknown_letters() -> None:
+    """Print λ as \\u03bb, not as an error, where the terminal or the pipe has an encoding without it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def run(main: Callable[[Any], Any], config: Any) -> None:
     """Print what `main(config)` returns as one line of JSON, the last on stdout.
 
@@ -164,7 +194,7 @@ def run(main: Callable[[Any], Any], config: Any) -> None:
     try:
         with contextlib.ExitStack() as hushed:
             if config.quiet or rank():
-                nowhere = hushed.enter_context(open(os.devnull, "w"))
+                nowhere = hushed.enter_context(open(os.devnull, "w", encoding="utf-8"))
                 hushed.enter_context(contextlib.redirect_stdout(nowhere))
                 hushed.enter_context(contextlib.redirect_stderr(nowhere))
             result = main(config)

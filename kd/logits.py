@@ -18,7 +18,6 @@ T and spreads it evenly over them.
 import hashlib
 import json
 import math
-import os
 import zlib
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from torch import Tensor
 
 from kd import DISK_FULL, BadInput, TrainingFault
 from kd.machine.devices import widest_float
-from kd.machine.files import MappedFiles
+from kd.machine.files import MappedFiles, write_at
 
 PENDING = 64 << 20      # bytes of rows that may wait for `flush`
 
@@ -88,7 +87,7 @@ class LogitStore:
         self._pending_bytes = 0
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "key.json").write_text(text)
+            (self.folder / "key.json").write_text(text, encoding="utf-8")
         except OSError as error:
             kind = TrainingFault if error.errno in DISK_FULL else BadInput
             raise kind(f"--cache-dir: cannot write the logit store {self.folder}: {error.strerror}; "
@@ -138,8 +137,8 @@ class LogitStore:
                         if np.isnan(row[:self.topk or self.classes]).any():
                             continue    # not stored, so that a fault of this run is not repeated
                         checksum = _checksum(view, sample, row).to_bytes(8, "little")
-                        os.pwrite(row_file.fileno(), row.tobytes(), sample * row.nbytes)
-                        os.pwrite(checksum_file.fileno(), checksum, sample * 8)
+                        write_at(row_file.fileno(), row.tobytes(), sample * row.nbytes)
+                        write_at(checksum_file.fileno(), checksum, sample * 8)
         except OSError as error:
             raise TrainingFault(f"--cache-dir: cannot write the logit store {self.folder}: {error.strerror}; "
                                 f"free some space, then --resume") from error

@@ -9,7 +9,6 @@ import difflib
 import functools
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 from kd import BadInput, TrainingFault, one_line, pretrained
 from kd.machine import distributed, hub
+from kd.machine.files import sync_file
 from kd.pretrained import declared
 
 
@@ -299,8 +299,7 @@ def save(model: nn.Module, folder: Path, classes: tuple[str, ...], prep: Preproc
         (new / "README.md").write_text(card, encoding="utf-8")
         shutil.copymode(new / "README.md", new / "model.safetensors")   # which safetensors keeps from other users
         for path in new.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            sync_file(path)
         if folder.exists():
             folder.rename(old)
         new.rename(folder)
@@ -328,7 +327,7 @@ def open_saved(folder: str) -> tuple[nn.Module, Preprocessing, int, tuple[str, .
     if (Path(folder) / "student" / "config.json").is_file():
         raise BadInput(f"{folder}: a run, not one of its models; give {Path(folder) / 'student'}")
     try:
-        config = json.loads((Path(folder) / "config.json").read_text())
+        config = json.loads((Path(folder) / "config.json").read_text("utf-8"))
         declared = config["pretrained_cfg"]
         prep = Preprocessing(tuple(declared["mean"]), tuple(declared["std"]), declared["interpolation"],
                              declared["crop_pct"])

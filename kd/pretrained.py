@@ -5,6 +5,7 @@ refused, never left random in part, and the classes that a folder declares are c
 """
 
 import contextlib
+import importlib
 import unicodedata
 import warnings
 from pathlib import Path
@@ -13,13 +14,13 @@ from unittest import mock
 
 import timm
 import torch
-from timm.models import _builder, _hub
 from torch import Tensor, nn
 
 from kd import BadInput, one_line
 
 # What timm calls the weights of a folder, model.safetensors first. The first that is there is taken.
-FILE_NAMES = _hub._PREFERRED_FILES
+FILE_NAMES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth", "open_clip_model.safetensors",
+              "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth")
 
 
 class Weights(NamedTuple):
@@ -57,7 +58,8 @@ def read(path: Path) -> Weights:
     BadInput for a file that is damaged, holds no weights, or needs code to be opened.
     """
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             content = timm.models.load_state_dict(str(path))    # a pickle: by torch.load(weights_only=True)
         state = {key: value for key, value in content.items() if isinstance(value, Tensor)}
     except Exception as error:  # given damaged bytes, the readers raise nearly anything
@@ -73,13 +75,23 @@ def read(path: Path) -> Weights:
     if path.name not in FILE_NAMES or not (path.parent / "config.json").is_file():
         return Weights(str(path), path.name, state, {})
     name = path.resolve().parent.name
+    load_config = private_of_timm("_hub", "load_model_config_from_path")
     try:
-        config, architecture, _ = _hub.load_model_config_from_path(path.parent)
+        config, architecture, _ = load_config(path.parent)
     except KeyError:            # the config.json of another library
         return Weights(str(path), name, state, {})
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise BadInput(f"{path.parent}/config.json: not readable ({one_line(error)}); get it again") from error
     return Weights(str(path), name, state, {**config, "architecture": architecture})
+
+
+def private_of_timm(module: str, name: str) -> Any:
+    """A function that timm does not export. Raises BadInput where another version of timm lacks it."""
+    try:
+        return getattr(importlib.import_module(f"timm.models.{module}"), name)
+    except (ImportError, AttributeError) as error:
+        raise BadInput(f"timm {timm.__version__} has no {module}.{name}, which these weights need to be loaded; "
+                       f"pip install timm==1.0.31") from error
 
 
 def read_repository(repository: str) -> Weights:
@@ -142,9 +154,14 @@ def _convert(model: nn.Module, state: dict[str, Tensor], name: str, arguments: M
     if not any(_differences(expected, state, _head_keys(model))):
         return state
     # timm's builder hands the filter to the function that loads weights, and to nothing else.
-    with mock.patch.object(_builder, "load_pretrained") as loader, torch.device("meta"):
+    private_of_timm("_builder", "load_pretrained")
+    with mock.patch("timm.models._builder.load_pretrained") as loader, torch.device("meta"):
         timm.create_model(name, pretrained=True, **arguments)
-    convert, strict = (loader.call_args.kwargs[key] for key in ("filter_fn", "strict"))
+    given = loader.call_args.kwargs if loader.called else {}
+    if not {"filter_fn", "strict"} <= given.keys():
+        raise BadInput(f"timm {timm.__version__} does not say how it converts weights, which these need; "
+                       f"pip install timm==1.0.31")
+    convert, strict = given["filter_fn"], given["strict"]
     if convert:
         with contextlib.suppress(Exception):    # given another model's weights, a filter may raise anything
             try:

@@ -262,7 +262,7 @@ class Run:
         """Write result.json, unless the run had ended but for its page; returns what it holds."""
         path = self.out / "result.json"
         if path.exists():
-            return json.loads(path.read_text())
+            return json.loads(path.read_text("utf-8"))
         write_atomic(path, json.dumps(result, indent=2).encode())
         return result
 
@@ -325,7 +325,7 @@ def open_folder(out: Path, settings: Mapping[str, Any], free: set[str], resume: 
         out.mkdir(parents=True, exist_ok=True)
         sweep(out)
         if holds_run and resume:
-            _check_settings(json.loads(record.read_text()), settings, free)
+            _check_settings(json.loads(record.read_text("utf-8")), settings, free)
             saved = checkpoint.load(out / "last.ckpt")
             return Opened(saved, read_finished(out, saved), replaces=False)
         if holds_run and torch.distributed.is_torchelastic_launched():
@@ -346,7 +346,7 @@ def read_finished(out: Path, saved: dict[str, Any] | None) -> dict[str, Any] | N
     """The result of a run that has nothing left to do. One that lacks only its page goes on from its checkpoint."""
     result = out / "result.json"
     if result.exists() and ((out / "report.html").exists() or saved is None):
-        return json.loads(result.read_text())
+        return json.loads(result.read_text("utf-8"))
     return None
 
 

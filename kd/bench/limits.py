@@ -1,5 +1,6 @@
 """What the machine can do at best, and what a training step asks of it."""
 
+import sys
 import time
 from typing import Any, Callable
 
@@ -17,6 +18,16 @@ def wait(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def peak_memory() -> int | None:
+    """The most memory that this process has had, in bytes; None where the system does not say."""
+    try:
+        import resource
+    except ImportError:     # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def machine_limits(device: torch.device, amp: torch.dtype | None) -> dict[str, float]:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import io
-import resource
 import sys
 import tempfile
 import time
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 import train
 from kd import models
 from kd.batches import Batch, load_batches
-from kd.bench.limits import communication, machine_limits, training_flops, wait
+from kd.bench.limits import communication, machine_limits, peak_memory, training_flops, wait
 from kd.data.frames import Data, Split
 from kd.logits import LogitStore
 from kd.machine import distributed, runtime
@@ -183,13 +182,13 @@ def parts(cfg: train.Config, rounds: int, steps: int) -> dict[str, Any]:
     flops = training_flops(cfg.student, cfg.size, device)
     p20, p50, p80 = (float(q) for q in np.quantile(whole[1:], [0.2, 0.5, 0.8]))
     peak = (torch.cuda.max_memory_allocated() if device.type == "cuda"
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+            else peak_memory())
     between = {"communication_milliseconds": communication(student, device)} if distributed.world_size() > 1 else {}
     return {"images_per_second": {"p20": p20, "p50": p50, "p80": p80},
             "fit_milliseconds": 1e3 * cfg.batch_size / p50, "milliseconds": milliseconds, **between,
             "teacher_milliseconds": float(np.median(asked) * 1e3),  # of a step in the first epoch only
             "sum_over_wall": sum(milliseconds.values()) / wall, "wall_milliseconds": wall,
-            "peak_memory_mb": peak / 2**20, "startup_seconds": startup, **limits,
+            "peak_memory_mb": None if peak is None else peak / 2**20, "startup_seconds": startup, **limits,
             "roofline_share": p50 * flops / (limits["gemm_gflop_s"] * 1e9), "loss": bench.loss_name,
             "line": bench.machine.line, "batch_size": cfg.batch_size, "size": cfg.size,
             "environment": runtime.environment()}

@@ -98,7 +98,7 @@ def measure(B: int, C: int, dtype: torch.dtype, device: torch.device, rounds: in
     labels = torch.randint(0, C, (B,), generator=generator).to(device)
     with torch.no_grad():
         out = torch.empty_like(student)
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
     def step(loss_fn: Callable[..., Tensor]) -> Callable[[], Any]:
         def work() -> None:

@@ -40,7 +40,7 @@ from kd.data.kept import KeptFrames, hash_of, write_hashes
 from kd.data.samples import Dataset, Samples
 from kd.machine import console
 from kd.machine.cores import usable_cores
-from kd.machine.files import MappedFiles, sync_folder
+from kd.machine.files import MappedFiles, sync_folder, write_at
 
 TAIL = struct.Struct("<8sQQ32s32s")     # magic, N, R, digest of the pixels, fingerprint
 MAGIC = b"kdframe1"                     # the last byte is the version of this format
@@ -172,7 +172,7 @@ class Frames:
             with open(self.path, "r+b") as file:
                 # Otherwise another process has built the file anew.
                 if os.fstat(file.fileno()).st_ino == self._inode:
-                    _write(file.fileno(), frame.data, index * frame.nbytes)
+                    write_at(file.fileno(), frame.data, index * frame.nbytes)
             self._verified[index] = True
             self._say(f"{self.path}: frame {index} did not match its checksum; decoded {name} again")
         except OSError as error:
@@ -417,7 +417,7 @@ def _build(temporary: Path, path: Path, spec: FrameSpec, kept: KeptFrames, progr
             source = spec.source(index)
             encoded_hash = hash_of(source) if isinstance(source, bytes) else bytes(32)
             frame = kept.find(encoded_hash) or spec.frame_of(source, index).tobytes()
-            _write(descriptor, memoryview(frame), index * frame_bytes)
+            write_at(descriptor, frame, index * frame_bytes)
             return zlib.crc32(frame), encoded_hash, hashlib.sha256(frame).digest()
 
         threads = usable_cores()
@@ -443,12 +443,12 @@ def _build(temporary: Path, path: Path, spec: FrameSpec, kept: KeptFrames, progr
         if not bad:
             index = checksums.tobytes()
             index += TAIL.pack(MAGIC, count, spec.side, content.digest(), spec.fingerprint())
-            _write(descriptor, memoryview(index + hashlib.sha256(index).digest()), count * frame_bytes)
+            write_at(descriptor, index + hashlib.sha256(index).digest(), count * frame_bytes)
             os.fsync(descriptor)
 
     # Complete files need the hashes as well, in case that another split has bad pictures: a picture that is removed
     # changes what is carved from train.
-    os.rename(temporary, path.with_suffix(".partial") if bad else path)
+    _put_in_place(temporary, path.with_suffix(".partial") if bad else path, kept)
     with suppress(OSError):     # without them, the frames are decoded again
         write_hashes(path, spec.key(), spec.side, hashes)
     if bad:
@@ -457,9 +457,10 @@ def _build(temporary: Path, path: Path, spec: FrameSpec, kept: KeptFrames, progr
     sync_folder(path.parent)
 
 
-def _write(descriptor: int, data: memoryview, offset: int) -> None:
-    """Write all of `data` at `offset`; a single pwrite may write only a part."""
-    data = data.cast("B")
-    while data:
-        written = os.pwrite(descriptor, data, offset)
-        data, offset = data[written:], offset + written
+def _put_in_place(temporary: Path, path: Path, kept: KeptFrames) -> None:
+    """Rename a file. Windows replaces none that is mapped, so there the kept frames are let go of first."""
+    try:
+        os.replace(temporary, path)
+    except PermissionError:
+        kept.release()
+        os.replace(temporary, path)

@@ -56,9 +56,13 @@ class KeptFrames:
         """The frame of the encoded picture with this hash. Several threads may call this at once."""
         return next((frame for split in self._splits if (frame := split.find(encoded_hash))), None)
 
+    def release(self) -> None:
+        """Close the files. What they hold is not found any more."""
+        self._splits.clear()
+
     def give_up(self) -> bool:
         """Remove the frames of incomplete splits, which are then decoded again. Whether there were any."""
-        self._splits.clear()        # a mapped file keeps its room on the disk
+        self.release()              # a mapped file keeps its room on the disk
         partial = [path.with_suffix(".partial") for path in self._paths]
         existing = [path for path in partial if path.exists()]
         for path in existing:
@@ -67,7 +71,7 @@ class KeptFrames:
 
     def remove(self) -> None:
         """Remove all that is kept, if it can be removed."""
-        self._splits.clear()
+        self.release()
         for path in self._paths:
             for suffix in (".hashes", ".partial"):
                 with suppress(OSError):

@@ -310,6 +310,14 @@ def files_fingerprint(root: str, files: Sequence[Path]) -> str:
     sha = hashlib.sha256()
     for path in files:
         status = path.stat()
-        sha.update(os.fsencode(os.path.relpath(os.path.realpath(path), root)))
+        sha.update(os.fsencode(_below(os.path.realpath(path), root)))
         sha.update(b"\0%d\0%d\n" % (status.st_size, status.st_mtime_ns))
     return sha.hexdigest()
+
+
+def _below(path: str, root: str) -> str:
+    """The path from `root` to `path`; `path` itself where it lies on another drive of Windows."""
+    try:
+        return os.path.relpath(path, root)
+    except ValueError:
+        return path

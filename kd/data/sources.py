@@ -326,12 +326,10 @@ def _open_from_hub(name: str, reading: Reading, say: Say) -> Dataset:
     if name not in ALIASES and "/" not in name and difflib.get_close_matches(name, ["leaves", *ALIASES]):
         raise BadInput(f"--dataset {name} is unknown{_did_you_mean(name)}; choose leaves, beans, a Hub id or a folder")
 
-    import datasets
+    # Before `reachable`, which switches it to its cache where the Hub cannot be reached.
     from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
     from huggingface_hub.errors import HfHubHTTPError
     repository, online = ALIASES.get(name, name), hub.reachable()
-    if not online:
-        datasets.config.HF_HUB_OFFLINE = True   # it then looks into its cache at once, without retries
     try:
         builder = tables.load_builder(name, repository, reading.config)
     except DataFilesNotFoundError:

@@ -9,13 +9,16 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kd import BadInput
-from kd.data.samples import Dataset, Links, Reading, Samples, first_names, printable, rename_splits, split_called
+from kd.data.samples import (Dataset, Links, Reading, Samples, files_fingerprint, first_names, printable,
+                             rename_splits, split_called)
 
 SAFE_READERS = ("parquet", "arrow", "imagefolder", "cache")     # of those that `datasets` has
 IMAGE_NAMES = ("image", "img")
@@ -26,6 +29,27 @@ METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")   # the names 
 
 # Reading
 
+@contextmanager
+def _muted() -> Iterator[None]:
+    """`datasets` without its log, and without bars where nobody watches. Afterwards it is as it was. Also a decorator.
+
+    It logs, over many lines, the errors that it raises.
+    """
+    import datasets
+    log = datasets.utils.logging
+    verbosity, had_bars = log.get_verbosity(), not datasets.are_progress_bars_disabled()
+    log.set_verbosity(logging.CRITICAL)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        log.set_verbosity(verbosity)
+        if had_bars:
+            datasets.enable_progress_bars()
+
+
+@_muted()
 def load_builder(name: str, path: str, config: str = "", **files: Any) -> Any:
     """The first step of `datasets.load_dataset`. It tells which files will be read, and by which reader.
 
@@ -33,9 +57,6 @@ def load_builder(name: str, path: str, config: str = "", **files: Any) -> Any:
     and `config` names none of them.
     """
     import datasets
-    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # it also logs, over many lines, what it raises
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
     try:
         builder = datasets.load_dataset_builder(path, config or None, **files)
     except ValueError as error:
@@ -55,6 +76,7 @@ def data_files(builder: Any) -> dict[str, list[str]]:
     return builder.config.data_files or {}
 
 
+@_muted()
 def load_tables(builder: Any) -> dict[str, Any]:
     """The other two steps of `datasets.load_dataset`: a memory-mapped table per split."""
     builder.download_and_prepare()
@@ -226,6 +248,12 @@ def _encode_labels(feature: Any, values: dict[str, list]) -> tuple[tuple[str, ..
              for split, column in values.items()})
 
 
+def _fingerprint(table: Any) -> str:
+    """What `datasets` hashes of a table and of how it was made. That is private, so its files may stand for it."""
+    files = [Path(file["filename"]) for file in table.cache_files]
+    return getattr(table, "_fingerprint", "") or files_fingerprint("/", files)
+
+
 def _samples_from_table(name: str, split: str, table: Any, column: str, labels: np.ndarray,
                         links: Links) -> Samples:
     import datasets
@@ -244,4 +272,4 @@ def _samples_from_table(name: str, split: str, table: Any, column: str, labels: 
         links.check(image["path"])      # a table may name any file of this machine
         return Path(image["path"]).read_bytes()
 
-    return Samples(labels, read, name_of, lambda index: f"row {index}", f"{name} {split}", table._fingerprint)
+    return Samples(labels, read, name_of, lambda index: f"row {index}", f"{name} {split}", _fingerprint(table))

@@ -18,12 +18,24 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
-from timm.layers.norm_act import BatchNormAct2d
-from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedResidual
+from timm.layers import BatchNormAct2d
 from timm.models.efficientnet import EfficientNet
 from torch import Tensor, nn
 
+from kd import one_line
 from kd.fast import build
+
+try:
+    from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedResidual
+    NOT_FOUND = ""
+except ImportError as error:    # private to timm, so another version may have moved them
+    NOT_FOUND = one_line(error)
+
+    class InvertedResidual(nn.Module):          # type: ignore[no-redef]
+        """No model has this one."""
+
+    class DepthwiseSeparableConv(nn.Module):    # type: ignore[no-redef]
+        """Nor this one."""
 
 INF = float("inf")
 # The activations that the kernels know, as bounds: act(z) = clamp(z, low, high).
@@ -36,6 +48,8 @@ def unavailable() -> str:
 
     The first call compiles the C++ source, which makes torch.ops.kd_blocks.
     """
+    if NOT_FOUND:
+        return f"the fused blocks do not know this version of timm ({NOT_FOUND})"
     capability = torch.backends.cpu.get_cpu_capability()
     if capability not in ("AVX2", "AVX512"):
         return f"the fused blocks need a CPU with AVX2 or AVX-512; torch sees {capability}"
@@ -131,11 +145,14 @@ def _storage_dtype(x: Tensor) -> torch.dtype | None:
 
 # ---- timm's modules with a fused forward ------------------------------------------------------------
 
-def _layers(block: nn.Module) -> list[Layer]:
-    names = [("conv_pw", "bn1"), ("conv_dw", "bn2"), ("conv_pwl", "bn3")]
+def _layer_names(block: nn.Module) -> list[tuple[str, str]]:
     if isinstance(block, DepthwiseSeparableConv):
-        names = [("conv_dw", "bn1"), ("conv_pw", "bn2")]
-    return [Layer(getattr(block, conv), getattr(block, bn)) for conv, bn in names]
+        return [("conv_dw", "bn1"), ("conv_pw", "bn2")]
+    return [("conv_pw", "bn1"), ("conv_dw", "bn2"), ("conv_pwl", "bn3")]
+
+
+def _layers(block: nn.Module) -> list[Layer]:
+    return [Layer(getattr(block, conv), getattr(block, bn)) for conv, bn in _layer_names(block)]
 
 
 def _block_forward(block, x: Tensor, timm_forward: Callable[[Tensor], Tensor]) -> Tensor:
@@ -186,7 +203,9 @@ def accelerate(model: nn.Module) -> nn.Module:
     if next(model.parameters()).device.type != "cpu":
         return model
     blocks = [module for module in model.modules() if _is_supported_block(module)]
-    stem_and_head = (type(model) is EfficientNet
+    stem_and_head = (type(model) is EfficientNet and hasattr(model, "grad_checkpointing")
+                     and _has_parts(model, "conv_stem", "bn1", "blocks", "conv_head", "bn2",
+                                    "global_pool", "classifier")
                      and _is_supported(model.conv_stem, model.bn1, is_image=True)
                      and _is_supported(model.conv_head, model.bn2))
     if not (blocks or stem_and_head) or unavailable():
@@ -198,8 +217,16 @@ def accelerate(model: nn.Module) -> nn.Module:
     return model
 
 
+def _has_parts(module: nn.Module, *names: str) -> bool:
+    """Whether these are its parts, and there are no others: another version of timm may compute more."""
+    return {name for name, _ in module.named_children()} == set(names)
+
+
 def _is_supported_block(block: nn.Module) -> bool:
-    return (type(block) in FUSED_BLOCKS and block.conv_s2d is None
+    if type(block) not in FUSED_BLOCKS:
+        return False
+    layers = [name for names in _layer_names(block) for name in names]
+    return (_has_parts(block, *layers, "aa", "se", "drop_path") and hasattr(block, "has_skip")
             and type(block.aa) is type(block.se) is nn.Identity
             and all(_is_supported(*layer) for layer in _layers(block)))
 
@@ -210,6 +237,8 @@ def _is_supported(conv: nn.Module, bn: nn.Module, is_image: bool = False) -> boo
     The convolution is a dense 1x1, a depthwise 3x3, or the model's first one, over the image.
     """
     if type(conv) is not nn.Conv2d or type(bn) is not BatchNormAct2d or conv.bias is not None:
+        return False
+    if not _has_parts(bn, "act", "drop"):
         return False
     k, s = conv.kernel_size[0], conv.stride[0]
     dense = conv.groups == 1 and (k == s == 1 or is_image)

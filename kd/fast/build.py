@@ -47,15 +47,33 @@ def load(source: Path, flags: Sequence[str], seconds: int) -> None:
     """
     # cpp_extension warns about a missing CUDA_HOME and an unusual compiler. Neither matters here, and
     # errors are raised, not logged.
+    if sys.platform == "win32":     # its compiler takes other flags, and a library in use cannot be renamed
+        raise BuildError("there are no kernels for Windows")
     logger = logging.getLogger("torch.utils.cpp_extension")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        torch.ops.load_library(_library(source, flags, seconds))
-    except Exception as error:
-        raise BuildError(first_error(error)) from error
+        for openmp in _openmp_flags():
+            try:
+                torch.ops.load_library(_library(source, ["-O3", *openmp, "-fno-math-errno", *flags], seconds))
+                return
+            except Exception as error:
+                failure = error
+        raise BuildError(first_error(failure)) from failure
     finally:
         logger.setLevel(level)
+
+
+def _openmp_flags() -> list[list[str]]:
+    """The ways of asking for OpenMP, in the order in which they are tried.
+
+    The flags are for the compiler only. The linker does not see them, so that the library uses the
+    OpenMP that torch has loaded, and no second pool of threads comes up.
+
+    Apple's compiler knows it only behind -Xclang, and only where somebody has installed omp.h. Without
+    it, at::parallel_for runs in one thread.
+    """
+    return [["-Xclang", "-fopenmp"], []] if sys.platform == "darwin" else [["-fopenmp"]]
 
 
 def _library(source: Path, flags: Sequence[str], seconds: int) -> Path:
@@ -63,9 +81,7 @@ def _library(source: Path, flags: Sequence[str], seconds: int) -> Path:
     from torch.utils import cpp_extension  # slow to import
 
     capability = torch.backends.cpu.get_cpu_capability()
-    # -fopenmp is for the compiler only. The linker does not see it, so that the library uses the
-    # OpenMP that torch has loaded, and no second pool of threads comes up.
-    flags = ["-O3", "-fopenmp", "-fno-math-errno", *flags, *instruction_flags(capability)]
+    flags = [*flags, *instruction_flags(capability)]
 
     # A new version of torch, other flags or another source give another file name.
     facts = repr((torch.__version__, flags)).encode() + source.read_bytes()

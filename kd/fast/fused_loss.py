@@ -80,10 +80,18 @@ class _FusedLoss(torch.autograd.Function):
             return grad * upstream.to(grad.dtype), None, None, None, None
 
         # Scaled in place, unless the graph is kept: a second backward then needs it unscaled.
-        if torch._C._autograd._get_current_graph_task_keep_graph():
+        if _graph_is_kept():
             grad = grad.clone()
         torch.ops.kd.scale_(grad, upstream)
         return grad, None, None, None, None
+
+
+def _graph_is_kept() -> bool:
+    """Whether the running backward keeps its graph. True where a new torch lacks this private function."""
+    try:
+        return torch._C._autograd._get_current_graph_task_keep_graph()
+    except AttributeError:
+        return True
 
 
 # ---- the operator, and what computes it where there is no kernel ------------------------------------
@@ -139,7 +147,7 @@ def _(student, teacher, labels, temperature, kd_weight, gradient_scale):
         _compiled.append(torch.compile(closed_form))
     try:
         loss, grad = _compiled[0](student, teacher, labels, temperature, kd_weight)
-    except torch._dynamo.exc.BackendCompilerFailed:  # torch.compile needs a C++ compiler, too
+    except Exception:   # torch.compile needs a C++ compiler, too; any other fault shows again below
         _compiled[0] = closed_form
         loss, grad = closed_form(student, teacher, labels, temperature, kd_weight)
     return loss, (grad * gradient_scale).to(student.dtype)

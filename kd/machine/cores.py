@@ -19,8 +19,8 @@ def cpu_quota(root: Path = Path("/")) -> float | None:
     `root` is the folder that holds proc and sys.
     """
     try:
-        groups = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
-        mounts = [line.split() for line in (root / "proc/self/mountinfo").read_text().splitlines()]
+        groups = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text("utf-8").splitlines()]
+        mounts = [line.split() for line in (root / "proc/self/mountinfo").read_text("utf-8").splitlines()]
         quotas = []
         for mount in mounts:
             # ID, parent, device, root, place, options, optional fields, -, type, source, options
@@ -49,7 +49,7 @@ def _folders(place: Path, group: str) -> list[Path]:
 def _quota_v2(folder: Path) -> float | None:
     """cpu.max holds `QUOTA PERIOD` in microseconds, or `max PERIOD`."""
     try:
-        quota, period = (folder / "cpu.max").read_text().split()
+        quota, period = (folder / "cpu.max").read_text("utf-8").split()
         return None if quota == "max" else int(quota) / int(period)
     except (OSError, ValueError, ZeroDivisionError):
         return None
@@ -58,7 +58,7 @@ def _quota_v2(folder: Path) -> float | None:
 def _quota_v1(folder: Path) -> float | None:
     """Two files hold quota and period in microseconds; a quota of -1 is none."""
     try:
-        quota = int((folder / "cpu.cfs_quota_us").read_text())
-        return None if quota <= 0 else quota / int((folder / "cpu.cfs_period_us").read_text())
+        quota = int((folder / "cpu.cfs_quota_us").read_text("utf-8"))
+        return None if quota <= 0 else quota / int((folder / "cpu.cfs_period_us").read_text("utf-8"))
     except (OSError, ValueError, ZeroDivisionError):
         return None

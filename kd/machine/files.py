@@ -4,6 +4,7 @@ import errno
 import mmap
 import os
 import shutil
+import threading
 from io import BufferedIOBase
 from pathlib import Path
 
@@ -16,12 +17,43 @@ RESIDENT = 64 << 20     # bytes of mapped files that may stay in a process's mem
 
 
 def sync_folder(folder: Path) -> None:
-    """Make new and renamed names in `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    """Make new and renamed names in `folder` durable, where the system can.
+
+    Windows opens no folder (EACCES), and some network disks have no such call (EINVAL).
+    """
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EINVAL):
+            raise
+
+
+def sync_file(path: Path) -> None:
+    """Make the content of a file durable that another library has written."""
+    with open(path, "r+b") as file:     # Windows flushes only what is open for writing
+        os.fsync(file.fileno())
+
+
+_place_of_writing = threading.Lock()    # a descriptor has one place, which belongs to all threads
+
+
+def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all of `data` at `offset` of an open file. Several threads may do so at once."""
+    data = memoryview(data).cast("B")
+    if hasattr(os, "pwrite"):
+        while data:         # a single call may write only a part
+            written = os.pwrite(descriptor, data, offset)
+            data, offset = data[written:], offset + written
+        return
+
+    with _place_of_writing:     # Windows
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        while data:
+            data = data[os.write(descriptor, data):]
 
 
 def write_atomic(path: Path, content: bytes, keep_previous: bool = False) -> None:
@@ -88,6 +120,7 @@ class MappedFiles:
         """To be called after every read of an array, with its size."""
         self._read += nbytes
         if self._read > RESIDENT:
-            for mapping in self._mappings:
-                mapping.madvise(mmap.MADV_DONTNEED)     # the pages stay in the kernel's page cache
+            if hasattr(mmap, "MADV_DONTNEED"):      # not on Windows, which takes back what it needs by itself
+                for mapping in self._mappings:
+                    mapping.madvise(mmap.MADV_DONTNEED)     # the pages stay in the kernel's page cache
             self._read = 0

@@ -1,5 +1,6 @@
 """The Hugging Face Hub: whether it can be reached, and the upload of a finished folder."""
 
+import contextlib
 import os
 import re
 import sys
@@ -7,7 +8,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
 
 import huggingface_hub
 from huggingface_hub import constants, utils
@@ -22,16 +23,42 @@ def reachable(timeout: float = CONNECT_SECONDS) -> bool:
     """Whether the Hub (or `HF_ENDPOINT`) answers within `timeout` seconds.
 
     To be called before a download, because the client retries an unreachable Hub for most of a
-    minute. If there is no answer, the client is switched to its offline mode, in which it still
-    loads what is in its cache.
+    minute. If there is no answer, the client and `datasets` are switched to their offline mode, in
+    which they still load what is in their caches, until `online_again` ends.
     """
-    if constants.HF_HUB_OFFLINE:
+    if _offline():
         return False
     if not _answers(timeout):
-        constants.HF_HUB_OFFLINE = True
+        _set_offline(True)
         os.environ["HF_HUB_OFFLINE"] = "1"  # `datasets` reads the environment when it is imported
         return False
     return True
+
+
+@contextlib.contextmanager
+def online_again() -> Iterator[None]:
+    """Undo at the end what `reachable` has switched off, as a notebook needs that goes on. Also a decorator."""
+    before, variable = _offline(), os.environ.get("HF_HUB_OFFLINE")
+    try:
+        yield
+    finally:
+        if _offline() != before:
+            _set_offline(before)
+            os.environ.pop("HF_HUB_OFFLINE", None)
+            if variable is not None:
+                os.environ["HF_HUB_OFFLINE"] = variable
+
+
+def _offline() -> bool:
+    """Whether the client is in its offline mode."""
+    return getattr(constants, "HF_HUB_OFFLINE", False)
+
+
+def _set_offline(value: bool) -> None:
+    """Switch the client, and `datasets` if it is imported. Both read these variables whenever they connect."""
+    for module in (constants, sys.modules.get("datasets.config")):
+        if module:
+            setattr(module, "HF_HUB_OFFLINE", value)
 
 
 def _answers(timeout: float) -> bool:
@@ -75,12 +102,13 @@ def push_folder(folder: str, repo: str, message: str, private: bool = False,
     failure becomes that line. The upload is given up after UPLOAD_SECONDS, or as soon as `stopped`
     returns something true.
     """
-    if constants.HF_HUB_OFFLINE or not _answers(CONNECT_SECONDS):
+    if _offline() or not _answers(CONNECT_SECONDS):
         return f"not pushed: the Hub at {constants.ENDPOINT} cannot be reached; {folder} is complete"
     outcome = f"not pushed: the Hub did not take it within {UPLOAD_SECONDS:.0f} s; {folder} is complete"
 
     def upload() -> None:
         nonlocal outcome
+        had_bars = not utils.are_progress_bars_disabled()
         try:
             if not sys.stderr.isatty():
                 utils.disable_progress_bars()
@@ -93,6 +121,9 @@ def push_folder(folder: str, repo: str, message: str, private: bool = False,
                 outcome = f"not pushed: no login; run `hf auth login` or set HF_TOKEN, then push {folder}"
             else:
                 outcome = f"not pushed: {one_line(error)}; {folder} is complete"
+        finally:
+            if had_bars:
+                utils.enable_progress_bars()
 
     thread = threading.Thread(target=upload, daemon=True)
     thread.start()

@@ -3,15 +3,19 @@
 import json
 import time
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.record_writer import RecordWriter
-
-from kd import TrainingFault
+from kd import TrainingFault, one_line
 from kd.machine import distributed
 from kd.machine.files import write_atomic
+
+try:
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.record_writer import RecordWriter
+    MISSING = ""
+except Exception as error:  # another version may have moved them, and protobuf raises TypeErrors of its own
+    MISSING = one_line(error)
 
 
 class Records:
@@ -19,7 +23,7 @@ class Records:
 
     def __init__(self, out: Path) -> None:
         self.path, self.board = out / "metrics.jsonl", out / "tensorboard"
-        self._events: BinaryIO | None = None
+        self._events: Path | None = None        # the file of this process; closed in between, so that it can be removed
 
     def write(self, history: list[dict[str, Any]]) -> None:
         """Write the history, whose last entry is new. Only rank 0 does. Raises TrainingFault where the disk is full.
@@ -31,28 +35,30 @@ class Records:
         if distributed.rank():
             return
         write_atomic(self.path, "".join(json.dumps(entry) + "\n" for entry in history).encode())
+        if MISSING:
+            if len(history) == 1:
+                print(f"no TensorBoard events: {MISSING}")
+            return
+        new = [_event(entry) for entry in history[-1:]]
         try:
-            new = history[-1:]
             if self._events is None:
-                new = history
                 self._events = self._begin_events()
-            for entry in new:
-                RecordWriter(self._events).write(_event(entry).SerializeToString())
-            self._events.flush()
+                new = [Event(file_version="brain.Event:2"), *map(_event, history)]
+            with open(self._events, "ab") as file:
+                for event in new:
+                    RecordWriter(file).write(event.SerializeToString())
         except OSError as error:
             raise TrainingFault(f"cannot write {self.board}: {error.strerror}; free some space, then --resume"
                                 ) from error
 
-    def _begin_events(self) -> BinaryIO:
+    def _begin_events(self) -> Path:
         self.board.mkdir(exist_ok=True)
         for old in self.board.glob("events.*"):
             old.unlink()
-        events = open(self.board / f"events.out.tfevents.{time.time_ns()}.kd", "wb")
-        RecordWriter(events).write(Event(file_version="brain.Event:2").SerializeToString())
-        return events
+        return self.board / f"events.out.tfevents.{time.time_ns()}.kd"
 
 
-def _event(entry: dict[str, Any]) -> Event:
+def _event(entry: dict[str, Any]) -> "Event":
     """The numbers of one epoch as TensorBoard scalars, such as student/accuracy."""
     values = [Summary.Value(tag=f"{entry['role']}/{name}", simple_value=value) for name, value in entry.items()
               if name not in ("role", "epoch", "time") and isinstance(value, (int, float))]

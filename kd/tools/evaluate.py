@@ -62,7 +62,7 @@ def open_model_and_data(args: argparse.Namespace, splits: Sequence[str]) -> Open
 def settings_of_run(folder: str) -> dict[str, Any]:
     """config.json of the run that the saved model in `folder` is part of; empty where it is part of none."""
     try:
-        settings = json.loads((Path(folder).resolve().parent / "config.json").read_text())
+        settings = json.loads((Path(folder).resolve().parent / "config.json").read_text("utf-8"))
         # another program's file of that name may stand there
         return settings if isinstance(settings["dataset"], str) and isinstance(settings.get("data", {}), dict) else {}
     except (OSError, ValueError, KeyError, TypeError):

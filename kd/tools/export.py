@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from kd import BadInput, TrainingFault, models, one_line
 from kd.data.frames import Split, center_crop
 from kd.machine import console, runtime
+from kd.machine.files import sync_file
 from kd.scores import SIGNIFICANCE, mcnemar_p
 from kd.tools import arguments
 from kd.tools.evaluate import Opened, open_model_and_data
@@ -382,8 +383,7 @@ def main(argv: list[str]) -> dict[str, Any]:
             result["bytes"] = file.stat().st_size
 
             # ---- put in place ----
-            with open(file, "rb") as written:
-                os.fsync(written.fileno())
+            sync_file(file)
             os.replace(file, out)
     except (OSError, safetensors.SafetensorError) as error:
         raise BadInput(f"--out {out}: cannot be written ({getattr(error, 'strerror', None) or error}); give a "

@@ -121,7 +121,7 @@ def redraw(out: Path) -> Path:
     content = read_predictions(out / predictions.FILE)
     metrics = out / "metrics.jsonl"
     try:
-        history = [json.loads(line) for line in metrics.read_text().splitlines()]
+        history = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()]
     except (OSError, ValueError) as error:
         raise BadInput(f"{metrics}: not readable ({error}); give the folder of a run that has ended") from error
     write_atomic(out / FILE, render(result, history, content).encode())
@@ -135,7 +135,7 @@ def render(result: dict[str, Any], history: list[dict[str, Any]], content: Predi
     temperature = float(result["config"]["temperature"])
     select = result["config"].get("select", "best")     # older runs had no choice
     return environment().get_template("page.html.j2").render(
-        css=(FOLDER / "page.css").read_text(), light=plots.LIGHT, dark=plots.DARK,
+        css=(FOLDER / "page.css").read_text("utf-8"), light=plots.LIGHT, dark=plots.DARK,
         result=result, roles=roles, rows={role: result[role] for role in roles}, temperature=temperature,
         gain=gain_from_teacher(result, content),
         select=select, curves={key: plots.curves(history, key, select) for key in ("accuracy", "loss", "train_loss")},
@@ -190,7 +190,7 @@ def confusion(counts: np.ndarray, role: str) -> Confusion:
     if len(counts) <= CLASSES_IN_A_TABLE:
         return Confusion(counts.tolist(), shares.tolist(), None, [])
     mistakes = np.argwhere((counts > 0) & ~np.eye(len(counts), dtype=bool)).tolist()
-    mistakes.sort(key=lambda cell: -counts[*cell])
+    mistakes.sort(key=lambda cell: -counts[tuple(cell)])
     most_frequent = [(true, predicted, int(counts[true, predicted])) for true, predicted in mistakes[:5]]
     return Confusion(counts.tolist(), shares.tolist(), plots.heat_map(shares, role), most_frequent)
 

@@ -31,7 +31,7 @@ def read_result(run: Path) -> dict[str, Any]:
     """What result.json holds. run: the folder of a run, or the file itself. Raises BadInput where it is none."""
     path = run / "result.json" if run.is_dir() else run
     try:
-        result = json.loads(path.read_text())
+        result = json.loads(path.read_text("utf-8"))
         _check_result(result)
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror}; give the folder of a run that has ended") from error

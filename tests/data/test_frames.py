@@ -384,7 +384,7 @@ def test_progress_counts_and_can_stop_the_build(tmp_path):
     assert names(tmp_path / "b") == []
 
 
-@pytest.mark.parametrize("call", ["posix_fallocate", "pwrite", "fsync", "rename"])
+@pytest.mark.parametrize("call", ["posix_fallocate", "pwrite", "fsync", "replace"])
 def test_full_disk_names_the_flag_and_leaves_no_file(tmp_path, monkeypatch, call):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
