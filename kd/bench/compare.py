@@ -250,14 +250,15 @@ def compare(cfg: train.Config, steps: int, rounds: int = 0, minutes: float = MIN
         optimizer, scaler = bench.new_optimizer(student)
         x = models.normalize(batches[0].pixels, bench.prep).contiguous(memory_format=torch.channels_last)
         teacher_logits = torch.randn(len(x), len(classes), device=device)
-        forward = bench.compiled(student) if machine.compile else student
+        # normalised already, so this is the model alone
+        forward = bench.compiled(student, cfg.batch_size, cfg.accumulate) if machine.compile == "on" else student
+        ready = batches[0]._replace(pixels=x)
 
         def bare() -> float:
             student.train()
             begin = wait(device)
             for _ in range(steps):
-                train.train_step(forward, optimizer, scaler, batches[0], x, teacher_logits, bench.loss_fn, cfg,
-                                 machine)
+                train.train_step(forward, optimizer, scaler, ready, teacher_logits, bench.loss_fn, cfg, machine)
             return steps * len(x) / (wait(device) - begin)
 
         others = {"tutorial": tutorial(False), "timm_task": timm(False)}

@@ -236,12 +236,12 @@ def _step_by_parts(bench: Bench, student: nn.Module) -> tuple[dict[str, float], 
             if batch is None:
                 break
             lap("view")
-            x = models.normalize(batch.pixels, bench.prep)
+            batch = batch._replace(pixels=models.normalize(batch.pixels, bench.prep))
             lap("normalise")
             teacher_logits = bench.warm.get(batch.view, batch.samples)
             assert teacher_logits is not None
             lap("stored logits")
-            train.train_step(model, optimizer, scaler, batch, x, teacher_logits.to(device), loss_fn, bench.cfg,
+            train.train_step(model, optimizer, scaler, batch, teacher_logits.to(device), loss_fn, bench.cfg,
                              bench.machine)
             lap("optimizer")
             walls.append(wait(device) - start)

@@ -121,7 +121,7 @@ def compiled(model: nn.Module, rows: int, parts: int = 1) -> nn.Module:
         nonlocal failed
         if not failed:
             try:
-                inductor = torch._dynamo.lookup_backend("inductor")
+                inductor: Callable[..., Any] = torch._dynamo.lookup_backend("inductor")
                 return inductor(graph, inputs, config_patches=graphs)
             except Exception as error:
                 print(f"goes on uncompiled: torch.compile fails on this model ({_first_error(error)})")

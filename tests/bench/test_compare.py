@@ -191,14 +191,14 @@ def test_a_block_longer_than_the_data_begins_again(photos, tmp_path):
 def test_our_loop_is_compiled_once_however_often_it_is_timed(flags, tmp_path, monkeypatch):
     compilations = []
 
-    def compile(model):
-        compilations.append(model)
+    def compile(model, rows, parts):
+        compilations.append(model.model)
         return model
 
     monkeypatch.setattr(loop, "compile_model", compile)
     cfg = loop.train.Config(dataset=flags[1], size=32, teacher="test_resnet", teacher_weights="none",
                             student="test_efficientnet", cache_dir=str(tmp_path), device="cpu", amp="off")
     made = loop.Bench(cfg, 2, tmp_path)
-    made.machine = made.machine._replace(compile=True)
+    made.machine = made.machine._replace(compile="on")
     assert all(made.fit(made.student, cold=cold, steps=steps) > 0 for cold, steps in ((True, 1), (False, 0), (True, 2)))
     assert compilations == [made.student]

@@ -85,7 +85,7 @@ class Fakes(NamedTuple):
     """Frames that are each filled with their number."""
 
     total: int
-    shape = (0, 46, 46, 3)
+    shape: tuple[int, ...] = (0, 46, 46, 3)
 
     def __len__(self) -> int:
         return self.total
