@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,16 +33,19 @@ def test_a_gpu_gets_the_precision_that_its_generation_multiplies_fast(monkeypatc
     monkeypatch.setattr(devices, "choose", lambda flag: gpu)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (generation, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    switches = torch.backends.cuda.matmul, torch.backends.cudnn
-    for part in switches:
-        monkeypatch.setattr(part, "allow_tf32", part.allow_tf32)        # put back afterwards
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
-    assert runtime.start("auto", "auto", "off").amp == amp
-    assert [part.allow_tf32 for part in switches] == [amp is not None] * 2
-    # float32 throughout: not TF32 either
-    machine = runtime.start("auto", "off", "off")
-    assert machine.amp is None and machine.line == "cuda (a GPU), fp32"
-    assert [part.allow_tf32 for part in switches] == [False] * 2
+    switches: tuple[Any, ...] = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [part.allow_tf32 for part in switches], torch.backends.cudnn.benchmark
+    try:
+        assert runtime.start("auto", "auto", "off").amp == amp
+        assert [part.allow_tf32 for part in switches] == [amp is not None] * 2
+        # float32 throughout: not TF32 either
+        machine = runtime.start("auto", "off", "off")
+        assert machine.amp is None and machine.line == "cuda (a GPU), fp32"
+        assert [part.allow_tf32 for part in switches] == [False] * 2
+    finally:
+        for part, value in zip(switches, before[0]):
+            part.allow_tf32 = value
+        torch.backends.cudnn.benchmark = before[1]
 
 
 def test_the_switch_for_kernels_reaches_the_allocator(monkeypatch):
@@ -169,6 +173,7 @@ def test_each_batch_size_has_a_graph_of_its_own_and_small_ones_are_replayed(monk
 
     monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: inductor)
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    torch.compiler.reset()      # the graphs of other tests count, and only so many are made
     forward = runtime.compiled(nn.Flatten(), rows, parts)
     for count in (4, 4, 6, 4, 6):
         assert forward(torch.zeros(count, 2, 3)).shape == (count, 6)
