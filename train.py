@@ -36,7 +36,7 @@ class Config:
 
     # The run
     recipe: str = flag("demo", "settings to start from; flags override them",
-                       ("demo", "tutorial", "best"))
+                       ("demo", "tutorial", "best", "few"))
     seed: int = flag(0, "decides weights, order and views: the same seed gives the same run",
                      low=0, high=2**32 - 1)
     out: str = flag("", "folder of the run (default: runs/RECIPE, or runs/RECIPE-DATASET where the "
@@ -123,8 +123,8 @@ class Config:
 RECIPES: dict[str, dict[str, Any]] = {
     # Some minutes on two CPU cores and nothing to download: both models start from random weights.
     "demo": dict(
-        dataset="leaves", size=96, epochs=10, batch_size=16, lr=3e-3, schedule="cosine", warmup=0.1,
-        weight_decay=0.02, teacher="resnet10t", teacher_weights="none", teacher_epochs=6,
+        dataset="leaves", size=96, epochs=8, batch_size=16, lr=3e-3, schedule="cosine", warmup=0.1,
+        weight_decay=0.02, teacher="resnet10t", teacher_weights="none", teacher_epochs=4,
         teacher_lr=3e-3, teacher_augment="flip", augment="flip", views=0),
     "tutorial": dict(),
     # "A good teacher is patient and consistent" (Beyer et al. 2022): no labels, only the teacher's
@@ -133,6 +133,11 @@ RECIPES: dict[str, dict[str, Any]] = {
         size=96, epochs=200, batch_size=32, lr=3e-3, schedule="cosine", warmup=0.1,
         weight_decay=0.02, teacher="tf_efficientnet_lite0", teacher_epochs=24, temperature=2.0,
         kd_weight=1.0, augment="crop", views=0),
+    # Few labelled pictures and many others: a teacher from ImageNet weights answers for all of them.
+    "few": dict(
+        size=96, epochs=60, batch_size=32, lr=3e-3, schedule="cosine", warmup=0.1, weight_decay=0.02,
+        teacher="tf_efficientnet_lite0", teacher_epochs=60, temperature=2.0, kd_weight=1.0,
+        augment="crop-x", views=0, select="last"),
 }
 
 # What may differ between a run and its continuation. Any other change would make it another run.

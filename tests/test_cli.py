@@ -59,7 +59,7 @@ def test_help_answers_before_torch_is_imported():
 def test_a_mistake_leaves_with_status_2_and_one_line():
     done = subprocess.run([sys.executable, "train.py", "--recipe", "nope"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "train.py: error: --recipe nope: not one of its values; known: demo, tutorial, best\n"
+    assert done.stderr == "train.py: error: --recipe nope: not one of its values; known: demo, tutorial, best, few\n"
 
 
 @pytest.mark.parametrize("error, status, said", [

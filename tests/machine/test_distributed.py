@@ -208,3 +208,21 @@ def test_accumulated_parts_are_the_whole_batch(tiny):
         gradients.append(torch.cat([(a - b).flatten() for a, b in zip(before, model.parameters(), strict=True)]))
     assert np.isclose(losses[0], losses[1], rtol=1e-6)
     assert torch.allclose(gradients[0], gradients[1], rtol=1e-5, atol=1e-6)
+
+
+def test_a_run_that_succeeded_parts_from_the_other_ranks(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+        monkeypatch.setattr(distributed, "world_size", lambda: 2)       # so that the weights are really sent
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        distributed.broadcast_weights(model)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        train.cli.run(lambda config: {"fine": True}, train.Config())
+        assert not torch.distributed.is_initialized()
+        assert capsys.readouterr().out == '{"fine": true}\n'
+    finally:
+        distributed.leave()
+    distributed.leave()         # alone, there is nobody to part from

@@ -1,0 +1,87 @@
+"""What a teacher can add at most, after some minutes: `python -m kd probe [--minutes 5] [train.py's flags]`.
+
+No student is more than its teacher. So the distance from a control to the teacher, the headroom, bounds what
+distillation can gain. A long run is worth its time only where that distance is.
+
+The teacher is fine-tuned and the control is trained by `train.main`, on the same pictures as in the run that the flags
+describe, but for fewer epochs. Both figures are of validation. The test split stays unseen.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from kd import BadInput, cli
+
+
+def main(argv: list[str]) -> None:
+    """Print teacher, control and headroom. Raises BadInput as train.py does."""
+    import train
+
+    parser = cli.OneLineParser(prog="python -m kd probe", description=__doc__, allow_abbrev=False,
+                               formatter_class=argparse.RawDescriptionHelpFormatter,
+                               epilog="All other flags are those of train.py: python train.py --help")
+    parser.add_argument("--minutes", type=float, default=5.0, help="for teacher and control together (default: 5)")
+    own, flags = parser.parse_known_args(argv)
+    if not own.minutes > 0:
+        raise BadInput(f"--minutes {own.minutes}: must be above 0")
+    cfg = cli.parse_config(train.Config, train.RECIPES, flags, train.__doc__ or "")
+
+    with tempfile.TemporaryDirectory() as folder:
+        # One epoch of each says how long an epoch takes.
+        first = short_run(cfg, 1, 1, Path(folder) / "timed")
+        epochs, teacher_epochs = affordable(cfg, first, 60 * own.minutes)
+        found = first
+        if (epochs, teacher_epochs) != (1, min(1, cfg.teacher_epochs)):
+            found = short_run(cfg, epochs, teacher_epochs, Path(folder) / "probe")
+    print("\n".join(report(cfg, found, epochs, teacher_epochs)))
+
+
+def short_run(cfg: Any, epochs: int, teacher_epochs: int, out: Path) -> dict[str, Any]:
+    """The result of `train.main` with teacher and control of `cfg`, after so many epochs, and seconds an epoch.
+
+    At λ = 0 the student of `train.main` is a control: it has no teacher, and knows the labelled pictures only.
+    """
+    import train
+    shortened = dataclasses.replace(
+        cfg, epochs=epochs, teacher_epochs=min(teacher_epochs, cfg.teacher_epochs), kd_weight=0.0, control=False,
+        unlabelled="", allow_weak_teacher=True, out=str(out), resume=False, overwrite=False, push_to_hub="")
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+        result = train.main(shortened)
+    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    seconds = {entry["role"]: entry["seconds"] for entry in map(json.loads, lines)}     # of the last epoch of each
+    return {**result, "seconds_an_epoch": seconds}
+
+
+def affordable(cfg: Any, timed: dict[str, Any], seconds: float) -> tuple[int, int]:
+    """Epochs of the control and of the teacher that take `seconds` together, half each; at most those of `cfg`.
+
+    What the shorter one leaves goes to the other.
+    """
+    an_epoch = timed["seconds_an_epoch"]
+    wanted = {role: epochs * an_epoch.get(role, 0.0)
+              for role, epochs in (("student", cfg.epochs), ("teacher", cfg.teacher_epochs))}
+    given = {role: max(seconds / 2, seconds - wanted[other])
+             for role, other in (("student", "teacher"), ("teacher", "student"))}
+    epochs = {role: max(1, int(given[role] / an_epoch[role])) if an_epoch.get(role) else 0 for role in given}
+    return min(epochs["student"], cfg.epochs), min(epochs["teacher"], cfg.teacher_epochs)
+
+
+def report(cfg: Any, found: dict[str, Any], epochs: int, teacher_epochs: int) -> list[str]:
+    """The lines to print."""
+    teacher, control = (found[role]["validation_accuracy"] for role in ("teacher", "student"))
+    tuned = f"after {teacher_epochs} of {cfg.teacher_epochs} epochs of fine-tuning"
+    tuned = tuned if cfg.teacher_epochs else "as loaded"
+    lines = [f"teacher {cfg.teacher}: {100 * teacher:.1f} % on validation, {tuned}",
+             f"control {cfg.student}: {100 * control:.1f} % on validation, after {epochs} of {cfg.epochs} epochs",
+             f"headroom {100 * (teacher - control):+.1f} points: no teacher can give more"]
+    if epochs < cfg.epochs:
+        lines.append("a longer run lifts the control as well, and so leaves less of it")
+    if teacher <= control:
+        lines.append("this teacher has nothing to give here: tune it better, take another, or train without")
+    return lines

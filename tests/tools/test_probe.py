@@ -1,0 +1,58 @@
+"""What a teacher can add at most: the same models and pictures as in the run, for a shorter time."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+import train
+from kd import BadInput
+from kd.tools import probe
+from tests.helpers.runs import command_line
+
+
+def test_teacher_and_control_are_those_of_the_run_and_test_stays_unseen(tiny, tmp_path, capsys):
+    config = dataclasses.replace(tiny, epochs=2, teacher_epochs=1, select="last", labels=9)
+    run = train.main(dataclasses.replace(config, control=True, out=str(tmp_path / "whole")))
+    capsys.readouterr()
+    probe.main(["--minutes", "1", *command_line(config)])
+    printed = capsys.readouterr().out
+    teacher, control = (100 * run[role]["validation_accuracy"] for role in ("teacher", "control"))
+    assert printed.splitlines()[:3] == [
+        f"teacher test_resnet: {teacher:.1f} % on validation, after 1 of 1 epochs of fine-tuning",
+        f"control test_efficientnet: {control:.1f} % on validation, after 2 of 2 epochs",
+        f"headroom {teacher - control:+.1f} points: no teacher can give more"]
+    assert "test " not in printed and not Path(config.out).exists()
+
+
+def timed(student: float, teacher: float | None) -> dict:
+    seconds = {"student": student} | ({} if teacher is None else {"teacher": teacher})
+    return {"seconds_an_epoch": seconds}
+
+
+@pytest.mark.parametrize("student, teacher, epochs", [
+    (1.0, 1.0, (30, 8)),            # the teacher needs 8 s, and the control gets the other 52
+    (10.0, 10.0, (3, 3)),           # half each
+    (1.0, 100.0, (30, 1)),          # at least one epoch
+    (4.0, None, (15, 0))])          # a teacher that is not tuned
+def test_the_time_is_shared_by_teacher_and_control(student, teacher, epochs):
+    config = train.Config(epochs=30, teacher_epochs=0 if teacher is None else 8)
+    assert probe.affordable(config, timed(student, teacher), 60) == epochs
+
+
+def test_what_is_left_out_of_a_shorter_run_and_a_teacher_without_use_are_said():
+    rows = {role: {"validation_accuracy": accuracy} for role, accuracy in (("teacher", 0.5), ("student", 0.625))}
+    config = train.Config(epochs=30, teacher_epochs=0)
+    assert probe.report(config, rows, 3, 0) == [
+        "teacher resnet50: 50.0 % on validation, as loaded",
+        "control mobilenetv2_100: 62.5 % on validation, after 3 of 30 epochs",
+        "headroom -12.5 points: no teacher can give more",
+        "a longer run lifts the control as well, and so leaves less of it",
+        "this teacher has nothing to give here: tune it better, take another, or train without"]
+
+
+def test_mistakes_are_refused():
+    with pytest.raises(BadInput, match="^--minutes 0.0: must be above 0$"):
+        probe.main(["--minutes", "0"])
+    with pytest.raises(BadInput, match="^unknown argument --epoch; did you mean --epochs"):
+        probe.main(["--epoch", "3"])
