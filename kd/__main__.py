@@ -18,6 +18,8 @@ COMMANDS = {
     "bench": "how fast the training loop and the loss are on this machine",
 }
 
+MODULES = {"bench": "kd.bench", "probe": "kd.bench.probe"}      # both run train.py; the tools do without it
+
 
 def main(argv: list[str]) -> int:
     """Run one command; returns the exit status."""
@@ -30,8 +32,7 @@ def main(argv: list[str]) -> int:
         if name not in COMMANDS:
             raise BadInput(f"{name}: no such command{cli.nearest(name, list(COMMANDS))}")
         # imported here, because most tools load libraries that the others do without
-        module = importlib.import_module("kd.bench" if name == "bench" else f"kd.tools.{name}")
-        module.main(arguments)
+        importlib.import_module(MODULES.get(name, f"kd.tools.{name}")).main(arguments)
     except (BadInput, TrainingFault) as error:
         cli.fail(error, error.status, f"kd {name}" if name in COMMANDS else "kd")
     return 0

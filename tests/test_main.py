@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kd.__main__ import COMMANDS, main
+from kd.__main__ import COMMANDS, MODULES, main
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,7 +23,7 @@ def test_without_a_command_all_are_listed(arguments, capsys):
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name != "bench"])
 def test_every_command_has_a_main_and_explains_itself(name, capsys):
-    tool = importlib.import_module(f"kd.tools.{name}")
+    tool = importlib.import_module(MODULES.get(name, f"kd.tools.{name}"))
     with pytest.raises(SystemExit) as left:
         tool.main(["--help"])
     assert left.value.code == 0 and f"usage: python -m kd {name} " in capsys.readouterr().out

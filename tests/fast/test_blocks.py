@@ -134,6 +134,7 @@ def run_as(capability: str, *command: str) -> str:
 
 
 @on_x86
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "AVX2", reason="the other tests run it")
 def test_the_code_for_avx2_is_as_exact_where_the_processor_could_do_more():
     chosen = "plain_one_within_rounding and 035 or closer_to_float64 and 050"
     out = run_as("avx2", "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", __file__, "-k", chosen)

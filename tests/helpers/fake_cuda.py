@@ -1,6 +1,7 @@
 """A GPU that is not there: tensors with a device and a shape but no numbers, and a log of what the host asks of it."""
 
 import contextlib
+import warnings
 from typing import Any, Iterator
 
 import pytest
@@ -35,10 +36,11 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Log]:
     from kd import views
 
     def host_array(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-        with unset_fake_temporarily():
+        with unset_fake_temporarily():      # it is filled with real pictures
             return torch.empty(shape, dtype=torch.uint8)
 
     monkeypatch.setattr(views, "host_array", host_array)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
-    with FakeTensorMode(allow_non_fake_inputs=True), Log() as log:
+    with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), Log() as log:
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")   # by torch, in numpy()
         yield log

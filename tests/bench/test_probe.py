@@ -7,7 +7,7 @@ import pytest
 
 import train
 from kd import BadInput
-from kd.tools import probe
+from kd.bench import probe
 from tests.helpers.runs import command_line
 
 
