@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import functools
 import os
 import signal
 import subprocess
@@ -32,7 +33,10 @@ def test_a_second_signal_stops_at_once():
 
 
 @pytest.mark.parametrize("failing", [False, True])
-def test_the_handlers_are_those_of_before_once_the_run_is_over(failing):
+def test_the_handlers_are_those_of_before_once_the_run_is_over(failing, request):
+    # Python's own, as in a notebook. A shell starts what it puts into the background with SIGINT ignored.
+    request.addfinalizer(functools.partial(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT)))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     before = [signal.getsignal(number) for number in signals.SIGNALS]
     stop = signals.Stop()
 
