@@ -16,6 +16,7 @@ and a page to look at in --out.
 Read `train_step` (one step), then `fit` (one training), then `main` (the whole run).
 """
 
+import contextlib
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -269,6 +270,7 @@ def fit(job: Job, cfg: Config, run: Run) -> None:
     steps_per_epoch = count_batches(len(train), cfg.batch_size)   # a short last batch counts
     total_steps = job.epochs * steps_per_epoch
     if runtime.compile_pays(machine, total_steps):
+        print(f"{job.role}: compiled, for {total_steps:,} steps")
         # or as it is, where that fails
         forward = runtime.compiled(forward, cfg.batch_size, cfg.accumulate)
 
@@ -281,7 +283,8 @@ def fit(job: Job, cfg: Config, run: Run) -> None:
         batches = load_batches(job.data, job.views, epoch, cfg.batch_size, position.step,
                                machine.device)
         label = f"{job.role} {epoch + 1}/{job.epochs}"
-        with console.progress(len(train), label, initial=position.step * cfg.batch_size) as bar:
+        bar = console.progress(len(train), label, initial=position.step * cfg.batch_size)
+        with contextlib.closing(batches), bar:                # ends the thread that makes them ahead
             for batch in batches:
                 step = epoch * steps_per_epoch + position.step
                 torch.manual_seed(cfg.seed * 1_000_003 + step)      # for dropout, if there is any

@@ -12,7 +12,7 @@ COMMANDS = {
     "predict": "what a saved model sees in photographs",
     "evaluate": "all scores of a saved model on a split of a data set",
     "export": "a saved model as ONNX, torch.export or safetensors, checked against PyTorch",
-    "probe": "what a teacher can add at most, after some minutes",
+    "probe": "how far a teacher is above a control, after some minutes",
     "report": "finished runs side by side, with means, deviations and intervals",
     "page": "the page of a finished run, report.html, drawn again",
     "bench": "how fast the training loop and the loss are on this machine",

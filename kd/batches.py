@@ -1,6 +1,6 @@
 """What a step is fed: a batch of views with its labels."""
 
-from typing import Iterator, NamedTuple
+from typing import Generator, Iterator, NamedTuple
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ def count_batches(samples: int, batch_size: int) -> int:
 
 
 def load_batches(data: Data, views: Views, epoch: int, batch_size: int, start: int,
-                 device: torch.device) -> Iterator[Batch]:
+                 device: torch.device) -> Generator[Batch, None, None]:
     """This rank's share of the batches of an epoch, from step `start` on. On a GPU, two are made ahead in a thread."""
     return prefetch(_load_batches(data, views, epoch, batch_size, start, device), device)
 

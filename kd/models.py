@@ -52,8 +52,11 @@ def preprocessing(model: nn.Module) -> Preprocessing:
 def normalize(pixels: Tensor, prep: Preprocessing) -> Tensor:
     """uint8 `(B, 3, H, W)` to float32 of the same shape and memory format: (x / 255 - mean) / std."""
     constant = _constant_on_gpu if pixels.is_cuda else torch.tensor
-    mean, std = (constant(values, device=pixels.device)[:, None, None] for values in (prep.mean, prep.std))
-    return pixels.float().div_(255).sub_(mean).div_(std)
+    return _scaled(pixels, *(constant(values, device=pixels.device) for values in (prep.mean, prep.std)))
+
+
+def _scaled(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    return pixels.float().div_(255).sub_(mean[:, None, None]).div_(std[:, None, None])
 
 
 @functools.cache
@@ -68,15 +71,22 @@ def _constant_on_gpu(values: tuple[float, ...], device: torch.device) -> Tensor:
 class FromPixels(nn.Module):
     """uint8 `(B, 3, size, size)` to logits `(B, C)`: a model with its normalisation before it.
 
-    So torch.compile sees both, and need not write the normalised pixels to memory.
+    So torch.compile sees both, and need not write the normalised pixels to memory. Mean and std are buffers, because a
+    constant that is copied to the GPU would keep the compiled model from being replayed as a CUDA graph.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, model: nn.Module, prep: Preprocessing) -> None:
         super().__init__()
         self.model, self.prep = model, prep
+        device = next(model.parameters(), torch.empty(0)).device
+        for name, values in (("mean", prep.mean), ("std", prep.std)):
+            self.register_buffer(name, torch.tensor(values, device=device), persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return self.model(normalize(pixels, self.prep))
+        return self.model(_scaled(pixels, self.mean, self.std))
 
 
 # Creating models

@@ -40,6 +40,7 @@ class Teacher:
         """model: frozen, in eval mode; prep: what timm declares for it; data: pictures resized as `prep` says."""
         self.model, self.prep, self.data, self.views, self.runtime = model, prep, data, views, runtime
         self.options, self.weights, self.name = options, models.digest(model), models.architecture(model)
+        self.given = model
         if runtime.kernels:
             self.model = fold_batchnorm(model, views.size)
         self.store = self._open_store(data.train, views.augmentation)
@@ -78,9 +79,9 @@ class Teacher:
     def _open_store(self, split: Split, augmentation: Augmentation | None) -> LogitStore:
         """The logits of one split's views; None: of its centre crops. Found by all that decides their values."""
         key: dict[str, Any] = dict(
-            teacher=self.weights, name=self.name, prep=self.prep, size=self.views.size, folded=self.runtime.kernels,
-            frames=split.frames.digest, amp=str(self.runtime.amp), device=self.runtime.device.type,
-            torch=torch.__version__, timm=timm.__version__)
+            teacher=self.weights, name=self.name, folded=self.model is not self.given, prep=self.prep,
+            size=self.views.size, frames=split.frames.digest, amp=str(self.runtime.amp),
+            device=self.runtime.device.type, torch=torch.__version__, timm=timm.__version__)
         if augmentation is None:
             return LogitStore(self.options.folder / "logits", key, len(split), len(self.data.classes))
         key.update(augment=augmentation, seed=self.views.seed, code=CODE)

@@ -73,7 +73,6 @@ def timm_loop(task: LogitDistillationTask, optimizer: torch.optim.Optimizer, sca
     task.train()
     student = task.trainable_module
     for x, y in zip(images, labels, strict=True):
-        x = x.contiguous(memory_format=torch.channels_last)
         with machine.autocast():
             loss = task(x, y)["loss"]
         if scaler is not None:
@@ -122,7 +121,7 @@ class Turns:
 
         def timed(name: str, part: str) -> float:
             progress.show(f"{part}, {name}", expected)
-            with apart():
+            with held_back():
                 return loops[name]()
 
         for name in loops:      # the first time compiles, allocates and fills stores: not counted
@@ -167,7 +166,7 @@ class Turns:
 
 
 @contextlib.contextmanager
-def apart() -> Iterator[None]:
+def held_back() -> Iterator[None]:
     """Keep the loops' own bars and lines from the bar of the comparison. What they say on stderr comes after them."""
     try:
         with contextlib.redirect_stderr(io.StringIO()) as said:
@@ -248,18 +247,19 @@ def compare(cfg: train.Config, steps: int, rounds: int = 0, minutes: float = MIN
 
         # ---- the bare step: forward, backward and update of tensors that lie ready, which no loop can beat ----------
         optimizer, scaler = bench.new_optimizer(student)
-        x = models.normalize(batches[0].pixels, bench.prep).contiguous(memory_format=torch.channels_last)
-        teacher_logits = torch.randn(len(x), len(classes), device=device)
-        # normalised already, so this is the model alone
-        forward = bench.compiled(student, cfg.batch_size, cfg.accumulate) if machine.compile == "on" else student
-        ready = batches[0]._replace(pixels=x)
+        rows = len(batches[0].samples)
+        teacher_logits = torch.randn(rows, len(classes), device=device)
+        forward: nn.Module = models.FromPixels(student, bench.prep)
+        if machine.compile == "on":
+            forward = bench.compiled(forward, cfg.batch_size, cfg.accumulate)
 
         def bare() -> float:
             student.train()
             begin = wait(device)
             for _ in range(steps):
-                train.train_step(forward, optimizer, scaler, ready, teacher_logits, bench.loss_fn, cfg, machine)
-            return steps * len(x) / (wait(device) - begin)
+                train.train_step(forward, optimizer, scaler, batches[0], teacher_logits, bench.loss_fn, cfg,
+                                 machine)
+            return steps * rows / (wait(device) - begin)
 
         others = {"tutorial": tutorial(False), "timm_task": timm(False)}
         if compiled:

@@ -95,9 +95,10 @@ class Bench:
         """Random weights, with the kernels of kd/fast unless `--kernels off`."""
         return train.build("student", classes, self.cfg, self.machine)
 
-    def compiled(self, model: nn.Module, *settings: Any, **more: Any) -> nn.Module:
+    def compiled(self, model: Any, *settings: Any, **more: Any) -> nn.Module:
         """What `fit` trains: `runtime.compiled(model)`, but once a model, as in a run of many epochs."""
-        student = getattr(model, "model", model)    # also where a new module normalises its pixels in each `fit`
+        # `fit` wraps the student anew each time: in FromPixels, and with several ranks in DistributedDataParallel
+        student = getattr(model, "module", model).model
         if student not in self._compiled:
             self._compiled[student] = compile_model(model, *settings, **more)
         return self._compiled[student]

@@ -1,10 +1,10 @@
-"""What a teacher can add at most, after some minutes: `python -m kd probe [--minutes 5] [train.py's flags]`.
+"""How far a teacher is above a control, after some minutes: `python -m kd probe [--minutes 5] [train.py's flags]`.
 
-No student is more than its teacher. So the distance from a control to the teacher, the headroom, bounds what
-distillation can gain. A long run is worth its time only where that distance is.
+What a student gains from its teacher is mostly bounded by that distance, the headroom. A long run is worth its time
+where there is some.
 
 The teacher is fine-tuned and the control is trained by `train.main`, on the same pictures as in the run that the flags
-describe, but for fewer epochs. Both figures are of validation. The test split stays unseen.
+describe, but for fewer epochs. Both figures are of validation. Nothing is shown of the test split.
 """
 
 import argparse
@@ -26,8 +26,11 @@ def main(argv: list[str]) -> None:
     parser = cli.OneLineParser(prog="python -m kd probe", description=__doc__, allow_abbrev=False,
                                formatter_class=argparse.RawDescriptionHelpFormatter,
                                epilog="All other flags are those of train.py: python train.py --help")
-    parser.add_argument("--minutes", type=float, default=5.0, help="for teacher and control together (default: 5)")
+    parser.add_argument("--minutes", type=float, default=5.0,
+                        help="of training, for both together, after a first epoch of each that is timed (default: 5)")
     own, flags = parser.parse_known_args(argv)
+    if cli.ranks() > 1:
+        raise BadInput("probe: runs in one process; start it without torchrun")
     if not own.minutes > 0:
         raise BadInput(f"--minutes {own.minutes}: must be above 0")
     cfg = cli.parse_config(train.Config, train.RECIPES, flags, train.__doc__ or "")
@@ -79,9 +82,11 @@ def report(cfg: Any, found: dict[str, Any], epochs: int, teacher_epochs: int) ->
     tuned = tuned if cfg.teacher_epochs else "as loaded"
     lines = [f"teacher {cfg.teacher}: {100 * teacher:.1f} % on validation, {tuned}",
              f"control {cfg.student}: {100 * control:.1f} % on validation, after {epochs} of {cfg.epochs} epochs",
-             f"headroom {100 * (teacher - control):+.1f} points: no teacher can give more"]
+             f"headroom {100 * (teacher - control):+.1f} points, as far as this short run shows"]
     if epochs < cfg.epochs:
-        lines.append("a longer run lifts the control as well, and so leaves less of it")
+        lines.append("a longer run lifts the control, which leaves less of it")
+    if teacher_epochs < cfg.teacher_epochs:
+        lines.append("longer fine-tuning may lift the teacher, which adds to it")
     if teacher <= control:
-        lines.append("this teacher has nothing to give here: tune it better, take another, or train without")
+        lines.append("so far this teacher has nothing to give: tune it longer, take another, or train without")
     return lines

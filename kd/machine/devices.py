@@ -15,10 +15,9 @@ from torch import Tensor
 
 from kd import BadInput
 
-TRIED = ("cpu", "cuda")
 UNTRIED = ("mps", "xpu")
 
-Data = TypeVar("Data", np.ndarray, Tensor)
+Host = TypeVar("Host", np.ndarray, Tensor)      # in the host's memory
 
 
 # ---- which device -------------------------------------------------------------------------------------------
@@ -33,6 +32,7 @@ def choose(flag: str, say: Callable[[str], None] = print) -> torch.device:
         return torch.device("cpu")
     found = torch.accelerator.current_accelerator(check_available=True)
     kind = found.type if found else "cpu"
+    device = torch.device("cpu")
 
     if kind == "cpu":
         reason = _driver_too_old()
@@ -43,17 +43,17 @@ def choose(flag: str, say: Callable[[str], None] = print) -> torch.device:
     elif flag not in ("auto", kind):
         raise BadInput(f"--device {flag}: torch sees no {flag} here, but {kind}; use --device {kind}, cpu or auto")
     else:
-        reason = _no_code_for_this_gpu() if kind == "cuda" else ""
+        device = _of_this_rank(kind)
+        reason = _no_code_for(device) if kind == "cuda" else ""
         if reason and flag != "auto":
             raise BadInput(f"--device {flag}: {reason}; use --device cpu or auto")
 
-    if kind == "cpu" or reason:
-        if reason:
-            say(f"--device auto: goes on on the CPU ({reason})")
+    if reason:
+        say(f"--device auto: goes on on the CPU ({reason})")
         return torch.device("cpu")
-    if kind in UNTRIED:
+    if device.type in UNTRIED:
         say(f"--device {kind}: this code has never been tried there")
-    return _of_this_rank(kind)
+    return device
 
 
 def _of_this_rank(kind: str) -> torch.device:
@@ -78,24 +78,24 @@ def _driver_too_old() -> str:
     return f"the driver of {name} is too old for CUDA {torch.version.cuda}, which this torch needs" if name else ""
 
 
-def _no_code_for_this_gpu() -> str:
-    """Why this torch cannot compute on the GPU: its files hold no code for a GPU so old or so new. "" where it can."""
+def _no_code_for(gpu: torch.device) -> str:
+    """Why this torch cannot compute on a GPU: its files hold no code for a GPU so old or so new. "" where it can."""
     if torch.version.hip is not None:       # ROCm's lists name other things
         return ""
-    major, minor = torch.cuda.get_device_capability()
+    major, minor = torch.cuda.get_device_capability(gpu)
     names = torch.cuda.get_arch_list()
     # sm_86 is code for 8.6 and later ones of generation 8. compute_90 is translated for 9.0 and all later GPUs.
     compiled = {divmod(int(name[3:].rstrip("af")), 10) for name in names if name.startswith("sm_")}
     translated = {divmod(int(name[8:].rstrip("af")), 10) for name in names if name.startswith("compute_")}
     if (any(m == major and n <= minor for m, n in compiled) or any(each <= (major, minor) for each in translated)):
         return ""
-    return (f"this torch has no code for {torch.cuda.get_device_name()}, which is sm_{major}{minor}; it has "
+    return (f"this torch has no code for {torch.cuda.get_device_name(gpu)}, which is sm_{major}{minor}; it has "
             f"{', '.join(sorted(names))}")
 
 
 # ---- copies to it ---------------------------------------------------------------------------------------------
 
-def to_device(data: Data, device: torch.device) -> Tensor:
+def to_device(data: Host, device: torch.device) -> Tensor:
     """An array or tensor of the host, on the device. On a CPU it shares memory with `data`.
 
     On CUDA it goes through pinned memory. From there the GPU fetches it by itself, when its turn has come. From

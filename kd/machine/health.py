@@ -1,4 +1,4 @@
-"""Is every step finite? Noted on the device at each step, and read only where the loop waits for the device anyway."""
+"""Is every step finite? Noted on the device at each step. Read before a save, and at every READ_EVERY-th step."""
 
 import torch
 from torch import Tensor, nn

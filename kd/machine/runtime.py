@@ -111,7 +111,8 @@ def compiled(model: nn.Module, rows: int, parts: int = 1) -> nn.Module:
     host. Not so where ranks exchange gradients or those of several `parts` of a batch add up: a graph's next replay
     overwrites its results.
 
-    The compiler fails before anything is computed, so no batch counts twice in BatchNorm or in the random state.
+    Only a failure of the compiler itself at the forward pass is met so. It comes before anything is computed, so no
+    batch counts twice in BatchNorm or in the random state.
     """
     failed = False
     replayed = rows <= GRAPH_ROWS and parts == 1 and cli.ranks() == 1

@@ -57,6 +57,21 @@ def test_compare_prints_a_table_and_compiles_the_loops_of_others_where_that_is_a
     assert " 5 rounds;" in lines[-2]    # the least, as no time was given
 
 
+def test_compiled_our_loop_and_the_bare_step_share_one_model_from_pixels(flags, capsys, monkeypatch):
+    compiled = []
+
+    def note(model, rows, parts):
+        compiled.append(type(model).__name__)
+        return model
+
+    monkeypatch.setattr(loop, "compile_model", note)
+    monkeypatch.setattr(runtime, "_refuse_without_compiler", lambda device: None)
+    bench.main(["compare", "--json", "--compile", "on", *flags])
+    result = json.loads(capsys.readouterr().out)
+    assert min(result["warm_img_s"], result["bare_img_s"]) > 0 and result["line"].endswith("compiled")
+    assert compiled == ["FromPixels"]
+
+
 @pytest.mark.parametrize("given", ["0", "-1", "nan", "soon"])
 def test_a_budget_is_a_positive_number_of_minutes(given, flags):
     with pytest.raises(BadInput, match="--minutes"):

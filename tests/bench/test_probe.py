@@ -1,4 +1,4 @@
-"""What a teacher can add at most: the same models and pictures as in the run, for a shorter time."""
+"""How far the teacher is above a control: the same models and pictures as in the run, for a shorter time."""
 
 import dataclasses
 from pathlib import Path
@@ -21,7 +21,7 @@ def test_teacher_and_control_are_those_of_the_run_and_test_stays_unseen(tiny, tm
     assert printed.splitlines()[:3] == [
         f"teacher test_resnet: {teacher:.1f} % on validation, after 1 of 1 epochs of fine-tuning",
         f"control test_efficientnet: {control:.1f} % on validation, after 2 of 2 epochs",
-        f"headroom {teacher - control:+.1f} points: no teacher can give more"]
+        f"headroom {teacher - control:+.1f} points, as far as this short run shows"]
     assert "test " not in printed and not Path(config.out).exists()
 
 
@@ -42,17 +42,21 @@ def test_the_time_is_shared_by_teacher_and_control(student, teacher, epochs):
 
 def test_what_is_left_out_of_a_shorter_run_and_a_teacher_without_use_are_said():
     rows = {role: {"validation_accuracy": accuracy} for role, accuracy in (("teacher", 0.5), ("student", 0.625))}
-    config = train.Config(epochs=30, teacher_epochs=0)
-    assert probe.report(config, rows, 3, 0) == [
+    assert probe.report(train.Config(epochs=30, teacher_epochs=0), rows, 3, 0) == [
         "teacher resnet50: 50.0 % on validation, as loaded",
         "control mobilenetv2_100: 62.5 % on validation, after 3 of 30 epochs",
-        "headroom -12.5 points: no teacher can give more",
-        "a longer run lifts the control as well, and so leaves less of it",
-        "this teacher has nothing to give here: tune it better, take another, or train without"]
+        "headroom -12.5 points, as far as this short run shows",
+        "a longer run lifts the control, which leaves less of it",
+        "so far this teacher has nothing to give: tune it longer, take another, or train without"]
+    assert probe.report(train.Config(epochs=3, teacher_epochs=8), rows, 3, 2)[3] == (
+        "longer fine-tuning may lift the teacher, which adds to it")
 
 
-def test_mistakes_are_refused():
+def test_mistakes_are_refused(monkeypatch):
     with pytest.raises(BadInput, match="^--minutes 0.0: must be above 0$"):
         probe.main(["--minutes", "0"])
     with pytest.raises(BadInput, match="^unknown argument --epoch; did you mean --epochs"):
         probe.main(["--epoch", "3"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(BadInput, match="^probe: runs in one process; start it without torchrun$"):
+        probe.main([])

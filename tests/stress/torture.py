@@ -406,7 +406,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=("kills", "bits", "signals", "full", "pickles", "pictures"))
-    parser.add_argument("--short", action="store_true", help="16 bits, 2 writes, no signals and no kills, which have tests of their own")
+    parser.add_argument("--short", action="store_true", help="16 bits, 2 writes; no signals, no kills")
     args = parser.parse_args(argv)
     if "faults.so" not in os.environ.get("LD_PRELOAD", ""):
         with tempfile.TemporaryDirectory() as name:
