@@ -34,14 +34,11 @@ from kd.machine import runtime
 from kd.predict import predict
 
 ARMS = ("all", "smoothing", "labelled", "hard", "self")
-TEACHER = "tf_efficientnet_lite0"
-SHARED = ["--batch-size", "32", "--lr", "3e-3", "--schedule", "cosine", "--warmup", "0.1", "--weight-decay", "0.02",
-          "--views", "0", "--select", "last", "--allow-weak-teacher", "--temperature", "2"]
+SHARED = ["--recipe", "few", "--allow-weak-teacher"]
 
 # what differs between the data sets, and how long a teacher is fine-tuned on so many labels
-KINDS = {"beans": ["--size", "96", "--epochs", "60", "--augment", "crop", "--teacher-augment", "crop"],
-         "caltech101": ["--size", "64", "--epochs", "24", "--augment", "crop-x", "--teacher-augment", "crop-x",
-                        "--teacher-lr", "3e-4"]}
+KINDS = {"beans": ["--augment", "crop", "--teacher-augment", "crop"],
+         "caltech101": ["--size", "64", "--epochs", "24", "--teacher-lr", "3e-4"]}
 TEACHER_EPOCHS = {15: 120, 60: 60, 120: 40, 505: 24, 1010: 16}
 
 
@@ -95,21 +92,21 @@ def flags_of(arm: str, seed: int, args: argparse.Namespace, dataset: Dataset) ->
     first = args.out / name_of("all", seed, args)       # its teacher and its control serve the other arms
     flags = [*SHARED, *KINDS[args.kind], "--seed", str(seed)]
     few = ["--dataset", args.data, "--labels", str(args.labels)]
-    tuned = ["--teacher", TEACHER, "--teacher-weights", str(first / "teacher"), "--teacher-epochs", "0"]
+    tuned = ["--teacher-weights", str(first / "teacher"), "--teacher-epochs", "0"]
     folder = args.out / "pictures" / f"{args.kind}-{args.labels}-{arm}-{seed}"
     if arm == "all":
-        return [*flags, *few, "--teacher", TEACHER, "--teacher-weights", args.teacher_weights, "--teacher-epochs",
-                str(TEACHER_EPOCHS[args.labels]), "--kd-weight", "1", "--control"]
+        return [*flags, *few, "--teacher-weights", args.teacher_weights, "--teacher-epochs",
+                str(TEACHER_EPOCHS[args.labels]), "--control"]
     if arm == "smoothing":
         return [*flags, *few, *tuned, "--kd-weight", "0", "--label-smoothing", "0.1"]
     if arm == "labelled":
         labelled_folder(dataset, args.labels, seed, folder)
-        return [*flags, "--dataset", str(folder), *tuned, "--kd-weight", "1"]
+        return [*flags, "--dataset", str(folder), *tuned]
     if arm == "hard":
         hard_folder(dataset, args.labels, seed, first / "teacher", args.cache_dir, folder)
         return [*flags, "--dataset", str(folder), *tuned, "--kd-weight", "0"]
     return [*flags, *few, "--teacher", "mobilenetv2_100", "--teacher-weights", str(first / "control"),
-            "--teacher-epochs", "0", "--kd-weight", "1"]
+            "--teacher-epochs", "0"]
 
 
 def name_of(arm: str, seed: int, args: argparse.Namespace) -> str:
