@@ -37,10 +37,10 @@ def predict(model: nn.Module, frames: Readable, prep: models.Preprocessing, size
                         for start in starts if start < len(mine)), runtime.device)
     # autocast around all of them, so that it casts the weights once
     with console.progress(len(mine), label) as bar, contextlib.closing(batches), runtime.autocast():
-        for start in starts:
+        for _ in starts:
             stop()  # may ask all ranks, so each calls it equally often, also one that has no rows left
-            if start < len(mine):
-                pixels = next(batches)
+            pixels = next(batches, None)
+            if pixels is not None:
                 rows.append(model(models.normalize(pixels, prep)).float())
                 bar.update(len(pixels))
 

@@ -220,7 +220,7 @@ def compare(cfg: train.Config, steps: int, rounds: int = 0, minutes: float = MIN
                 begin = wait(device)
                 steps_of()
                 rate = sum(map(len, images)) / (wait(device) - begin)
-                runtime.tune_allocator(device.type == "cpu" and machine.kernels)
+                runtime.tune_allocator(machine.kernels)
                 return rate
             return images_per_second
 
@@ -319,7 +319,7 @@ def switches(cfg: train.Config, rounds: int, steps: int) -> dict[str, Any]:
             return Bench(dataclasses.replace(cfg, **changes), steps, Path(name) / folder)
 
         whole = bench_with()
-        tuned = whole.machine.device.type == "cpu" and whole.machine.kernels
+        tuned = whole.machine.kernels
 
         def loop(bench: Bench, cold: bool = False, allocator: bool = tuned) -> Callable[[], float]:
             def images_per_second() -> float:

@@ -10,13 +10,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kd import models
-from kd.machine import distributed
+from kd.machine import devices, distributed
 
 
 def wait(device: torch.device) -> float:
     """The time in seconds, once the device has done all that was queued."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    devices.wait(device)
     return time.perf_counter()
 
 

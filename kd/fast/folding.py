@@ -6,7 +6,7 @@ and writing every activation once more.
 """
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ TOLERANCE = 1e-2
 
 @torch.no_grad()
 def fold_batchnorm(model: nn.Module, size: int) -> nn.Module:
-    """A copy of `model`, in eval mode, with every BatchNorm folded that directly follows a convolution.
+    """A copy of `model`, which is in eval mode, with every BatchNorm folded that directly follows a convolution.
 
     size: side of the square input, in pixels. Returns `model` itself where nothing can be folded, or where the copy
     gives other logits for a test picture, as with convolutions that normalise their own weights.
@@ -27,24 +27,24 @@ def fold_batchnorm(model: nn.Module, size: int) -> nn.Module:
     parameter = next(model.parameters())
     ramp = torch.linspace(-2, 2, 2 * 3 * size * size, device=parameter.device, dtype=parameter.dtype)
     picture = ramp.view(2, 3, size, size).contiguous(memory_format=torch.channels_last)
-    folded = copy.deepcopy(model).eval()
-    before = folded(picture)
+    before, pairs = _trace(model, picture)
+    if not pairs:
+        return model
 
-    pairs = _pairs(folded, picture)
-    names = {module: name for name, module in folded.named_modules()}
-    for conv, norm in pairs:
+    folded = copy.deepcopy(model)
+    names = {module: name for name, module in model.named_modules()}
+    for pair in pairs:
+        conv, norm = (cast(Any, folded.get_submodule(names[module])) for module in pair)
         conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, norm.running_mean, norm.running_var,
                                                       norm.eps, norm.weight, norm.bias)
         # timm's BatchNormAct2d applies the activation as well
-        folded.set_submodule(names[norm], getattr(norm, "act", nn.Identity()))
-
-    after = folded(picture)
-    same = (after - before).abs().max() <= TOLERANCE * before.abs().max()
-    return folded if pairs and same else model
+        folded.set_submodule(names[pair[1]], getattr(norm, "act", nn.Identity()))
+    same = (folded(picture) - before).abs().max() <= TOLERANCE * before.abs().max()
+    return folded if same else model
 
 
-def _pairs(model: nn.Module, picture: Tensor) -> list[tuple[Any, Any]]:
-    """Convolutions and the BatchNorm that takes their very output, as one pass over `picture` shows them."""
+def _trace(model: nn.Module, picture: Tensor) -> tuple[Tensor, list[tuple[nn.Module, nn.Module]]]:
+    """The logits of `picture`, and each convolution with the BatchNorm that took its very output on the way."""
     outputs: list[tuple[Tensor, nn.Module]] = []        # held, so that no two have the same address
     inputs: list[tuple[Tensor, nn.Module]] = []
     hooks = []
@@ -53,7 +53,7 @@ def _pairs(model: nn.Module, picture: Tensor) -> list[tuple[Any, Any]]:
             hooks.append(module.register_forward_hook(lambda conv, _, y: outputs.append((y, conv))))
         elif isinstance(module, _BatchNorm) and module.track_running_stats:
             hooks.append(module.register_forward_pre_hook(lambda norm, x: inputs.append((x[0], norm))))
-    model(picture)
+    logits = model(picture)
     for hook in hooks:
         hook.remove()
 
@@ -61,4 +61,4 @@ def _pairs(model: nn.Module, picture: Tensor) -> list[tuple[Any, Any]]:
     pairs = [(makers[id(x)], norm) for x, norm in inputs if id(x) in makers]
     # A module that is called several times may follow another one each time.
     calls = [module for _, module in outputs + inputs]
-    return [pair for pair in pairs if all(calls.count(module) == 1 for module in pair)]
+    return logits, [pair for pair in pairs if all(calls.count(module) == 1 for module in pair)]
