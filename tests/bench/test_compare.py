@@ -4,6 +4,7 @@ import copy
 import json
 import sys
 import time
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -87,19 +88,39 @@ def test_switches_time_the_loop_with_and_without_each_fast_path(flags, capsys):
         assert 0 < low <= result["gain"][path] <= high
 
 
-def test_the_tutorials_loop_makes_the_step_of_the_reference():
+class Small(NamedTuple):
+    """A student, a teacher that disagrees with it, and three batches."""
+
+    student: torch.nn.Sequential
+    teacher: torch.nn.Sequential
+    x: list[torch.Tensor]
+    labels: list[torch.Tensor]
+
+
+def small() -> Small:
     torch.manual_seed(0)
     student = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
-    teacher, twin = copy.deepcopy(student), copy.deepcopy(student)
+    teacher = copy.deepcopy(student)
     with torch.no_grad():
         teacher[1].weight.mul_(-2)  # type: ignore[union-attr, operator]
-    x, labels = [torch.randn(6, 3, 2, 2) for _ in range(3)], [torch.randint(3, (6,)) for _ in range(3)]
-    compare.tutorial_loop(student, teacher, torch.optim.AdamW(student.parameters(), lr=0.05), x, labels, 5.0, 0.5)
-    optimizer = torch.optim.AdamW(twin.parameters(), lr=0.05)
-    for one, label in zip(x, labels, strict=True):
-        step(twin, optimizer, one, label, teacher(one).detach())
-    for ours, theirs in zip(twin.parameters(), student.parameters(), strict=True):
+    return Small(student, teacher, [torch.randn(6, 3, 2, 2) for _ in range(3)],
+                 [torch.randint(3, (6,)) for _ in range(3)])
+
+
+def assert_made_the_steps_of_the_reference(trained: Small) -> None:
+    start = small()
+    twin, optimizer = start.student, torch.optim.AdamW(start.student.parameters(), lr=0.05)
+    for one, label in zip(start.x, start.labels, strict=True):
+        step(twin, optimizer, one, label, start.teacher(one).detach())
+    for ours, theirs in zip(twin.parameters(), trained.student.parameters(), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_the_tutorials_loop_makes_the_step_of_the_reference():
+    made = small()
+    compare.tutorial_loop(made.student, made.teacher, torch.optim.AdamW(made.student.parameters(), lr=0.05), made.x,
+                          made.labels, 5.0, 0.5)
+    assert_made_the_steps_of_the_reference(made)
 
 
 def test_the_interval_holds_the_median_and_narrows_to_it():
@@ -127,24 +148,16 @@ def test_timms_task_has_the_loss_of_kd_loss(temperature, kd_weight):
 
 
 def test_timms_loop_makes_the_step_of_the_reference():
-    torch.manual_seed(0)
-    student = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
-    teacher, twin = copy.deepcopy(student), copy.deepcopy(student)
-    with torch.no_grad():
-        teacher[1].weight.mul_(-2)  # type: ignore[union-attr, operator]
+    made = small()
+    student: Any = made.student
     # what timm's task asks of a student, which all of timm's models have
-    student.num_classes, student.in_chans = 3, 3  # type: ignore[assignment]
-    student.pretrained_cfg = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # type: ignore[assignment]
-    x, labels = [torch.randn(6, 3, 2, 2) for _ in range(3)], [torch.randint(3, (6,)) for _ in range(3)]
-    task = compare.timm_task(student, teacher, 5.0, 0.5, torch.device("cpu"))
-    compare.timm_loop(task, torch.optim.AdamW(student.parameters(), lr=0.05), None, x, labels, 1.0,
+    student.num_classes, student.in_chans = 3, 3
+    student.pretrained_cfg = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+    task = compare.timm_task(student, made.teacher, 5.0, 0.5, torch.device("cpu"))
+    compare.timm_loop(task, torch.optim.AdamW(student.parameters(), lr=0.05), None, made.x, made.labels, 1.0,
                       runtime.start("cpu", "off", "off"))
-    assert student.training and not teacher.training
-    optimizer = torch.optim.AdamW(twin.parameters(), lr=0.05)
-    for one, label in zip(x, labels, strict=True):
-        step(twin, optimizer, one, label, teacher(one).detach())
-    for ours, theirs in zip(twin.parameters(), student.parameters(), strict=True):
-        assert torch.allclose(ours, theirs, atol=1e-6)
+    assert student.training and not made.teacher.training
+    assert_made_the_steps_of_the_reference(made)
 
 
 def test_a_budget_ends_after_the_least_rounds_or_before_its_end():
