@@ -38,7 +38,7 @@ SHARED = ["--recipe", "few", "--allow-weak-teacher"]
 
 # what differs between the data sets, and how long a teacher is fine-tuned on so many labels
 KINDS = {"beans": ["--augment", "crop", "--teacher-augment", "crop"],
-         "caltech101": ["--size", "64", "--epochs", "24", "--teacher-lr", "3e-4"]}
+         "caltech101": ["--epochs", "24"]}
 TEACHER_EPOCHS = {15: 120, 60: 60, 120: 40, 505: 24, 1010: 16}
 
 
