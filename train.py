@@ -79,8 +79,10 @@ class Config:
                                 "the teacher")
     temperature: float = flag(5.0, "T, softens the distributions of teacher and student", above=0)
     kd_weight: float = flag(0.5, "λ, the teacher's share of the loss", low=0, high=1)
-    label_smoothing: float = flag(0.0, "share of each label that goes to all classes alike", low=0,
-                                  high=1)
+    method: str = flag("kd", "what of the teacher the student learns (kd/methods.py has their formulas)",
+                       ("kd", "hard", "dkd", "dist", "nkd", "pkt", "rkd", "simkd"))
+    standardise: bool = flag(False, "standardise each row of logits before the method compares them")
+    label_smoothing: float = flag(0.0, "share of each label that all classes get alike", low=0, high=1)
     select: str = flag("best", "keep the weights of the best epoch by validation, or of the last one",
                        ("best", "last"))
 
@@ -152,7 +154,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kd import BadInput, few_labels, losses, models
+from kd import BadInput, features, few_labels, losses, methods, models
 from kd.batches import Batch, count_batches, load_batches
 from kd.data.duplicates import duplicates
 from kd.data.frames import Data, decode
@@ -189,14 +191,14 @@ class Job:
 
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
-               batch: Batch, teacher_logits: Tensor | None, loss_fn: LossFunction, cfg: Config,
+               batch: Batch, teacher_outputs: Tensor | None, loss_fn: LossFunction, cfg: Config,
                machine: Runtime) -> tuple[Tensor, Tensor]:
     """One training step: forward, loss, backward, update.
 
-    model           from pixels, uint8 `(B, 3, H, W)`, to logits `(B, C)`
-    batch           this rank's share of a batch: pixels, labels, and its weight among the ranks
-    teacher_logits  `(B, C)` float32, or None where there is no teacher
-    loss_fn         (student_logits, teacher_logits, labels) to the mean loss, a scalar
+    model            uint8 `(B, 3, H, W)` to logits `(B, C)`, or with D features behind to `(B, C + D)`
+    batch            this rank's share of a batch: pixels, labels, and its weight among the ranks
+    teacher_outputs  the same of the teacher, float32, or None where there is no teacher
+    loss_fn          (student_outputs, teacher_outputs, labels) to the mean loss, a scalar
 
     Returns the loss and the norm of its gradient, two scalars. They stay on the device: on a GPU,
     nothing in here waits for it. With several ranks, the mean of their losses is that of the batch.
@@ -208,12 +210,12 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch
         # DistributedDataParallel averages the gradients over the ranks. Once is enough, in the
         # backward of the last part. It decides that in the forward.
         with machine.autocast(), distributed.sync_gradients(model, part is parts[-1]):
-            logits = model(batch.pixels[part])
-        teacher_part = None if teacher_logits is None else teacher_logits[part]
-        loss = loss_fn(logits, teacher_part, batch.labels[part])
+            outputs = model(batch.pixels[part])
+        teacher_part = None if teacher_outputs is None else teacher_outputs[part]
+        loss = loss_fn(outputs, teacher_part, batch.labels[part])
         # A mean over fewer rows counts less: rows of the part ÷ rows of this rank, times batch.weight,
         # which is rows of this rank ÷ mean rows per rank (1, unless a batch is shared unevenly).
-        loss = loss * (batch.weight * len(logits) / rows)
+        loss = loss * (batch.weight * len(outputs) / rows)
         scaler.scale(loss).backward()                         # the scale is 1, except in fp16
         total += loss.detach()
 
@@ -265,7 +267,8 @@ def fit(job: Job, cfg: Config, run: Run) -> None:
     position = run.restore(job.role, saved, guard, machine.device)
 
     # Teacher and student see the same pixels, each normalised as its own weights expect.
-    forward: nn.Module = models.FromPixels(model, job.prep)
+    with_features = job.teacher is not None and job.teacher.options.with_features
+    forward: nn.Module = models.FromPixels(model, job.prep, with_features)
     forward = distributed.wrap(forward, machine.device)       # DistributedDataParallel under torchrun
     steps_per_epoch = count_batches(len(train), cfg.batch_size)   # a short last batch counts
     total_steps = job.epochs * steps_per_epoch
@@ -294,10 +297,10 @@ def fit(job: Job, cfg: Config, run: Run) -> None:
 
                 # Of the view that the student sees. Read from disk where this (view, sample) was met
                 # before, else computed and kept.
-                teacher_logits = job.teacher.logits(batch) if job.teacher else None
+                teacher_outputs = job.teacher.outputs(batch) if job.teacher else None
 
                 # ---- a single training step ----
-                loss, norm = train_step(forward, optimizer, scaler, batch, teacher_logits, loss_fn,
+                loss, norm = train_step(forward, optimizer, scaler, batch, teacher_outputs, loss_fn,
                                         cfg, machine)
                 # --------------------------------
 
@@ -377,6 +380,7 @@ def main(cfg: Config) -> dict[str, Any]:
     prep = models.preprocessing(student)
     teacher_model = build("teacher", dataset.classes, cfg, machine)
     teacher_prep = models.preprocessing(teacher_model)._replace(crop_pct=prep.crop_pct)
+    methods.check_models(cfg.method, teacher_model, student, cfg.size)
 
     data = teacher_data = decode_for(prep, dataset, cfg, run)
     if teacher_prep.interpolation != prep.interpolation:
@@ -408,7 +412,8 @@ def main(cfg: Config) -> dict[str, Any]:
                     model_card(cfg, "teacher", {}))
 
     # ---- 3. It is frozen. From here on it only answers, and each answer is kept. ------------------
-    options = StoreOptions(Path(cfg.cache_dir).expanduser(), cfg.topk, cfg.temperature)
+    options = StoreOptions(Path(cfg.cache_dir).expanduser(), cfg.topk, cfg.temperature,
+                           with_features=cfg.method in methods.ON_FEATURES)
     teacher = Teacher(models.freeze(teacher_model), teacher_prep, teacher_pictures.student, views,
                       machine, options)
     run.flush_before_save(teacher.store)      # a checkpoint finds all its answers on the disk
@@ -432,6 +437,8 @@ def main(cfg: Config) -> dict[str, Any]:
                   precision_for(model, cfg, machine), cfg.epochs, cfg.lr)
         if role == "student" and cfg.kd_weight:
             job.kd_weight, job.teacher = cfg.kd_weight, teacher
+            if cfg.method == "simkd":
+                features.reuse_head(model, teacher_model)
         train_once(job, cfg, run)                             # the best weights are now in `model`
 
         # ---- 5. These weights, once, on test, in the precision in which they will be used. ---------
@@ -463,6 +470,7 @@ def check(cfg: Config) -> None:
     """Raise BadInput for what can be found wrong without loading anything."""
     cli.check(cfg)
     distributed.check_batch_size(cfg.batch_size, cfg.accumulate)
+    methods.check(cfg)
     models.check("teacher", cfg.teacher, cfg.teacher_weights)
     models.check("student", cfg.student, cfg.student_weights)
     if cfg.kernels == "on" and blocks.unavailable():
@@ -510,10 +518,11 @@ def precision_for(model: nn.Module, cfg: Config, machine: Runtime) -> Runtime:
 
 def choose_loss(data: Data, views: Views, kd_weight: float, cfg: Config,
                 machine: Runtime) -> tuple[LossFunction, str]:
-    """loss_fn(student_logits, teacher_logits, labels), with T and λ bound, and its name."""
+    """loss_fn(student_outputs, teacher_outputs, labels), with T and λ bound, and its name."""
     return losses.choose(cfg.loss, machine.device, cfg.temperature, kd_weight, len(data.classes),
                          soft_labels=views.augmentation.mixup > 0, kernels=machine.kernels,
-                         label_smoothing=cfg.label_smoothing)
+                         label_smoothing=cfg.label_smoothing, method=cfg.method,
+                         standardised=cfg.standardise)
 
 
 def train_once(job: Job, cfg: Config, run: Run) -> None:

@@ -21,7 +21,7 @@ distribution (one-hot), and
 
 The gradient is made of the same exponentials as the loss. One pass over the row can therefore compute
 both, and kd/fast/fused_loss.py does so. To change the loss, change `kd_loss` and run with
-`--loss reference`.
+`--loss reference`. The losses of other papers are in kd/methods.py.
 """
 
 from collections.abc import Callable
@@ -90,15 +90,25 @@ LossFunction = Callable[[Tensor, Tensor | None, Tensor], Tensor]
 
 
 def choose(loss: str, device: torch.device, temperature: float, kd_weight: float, num_classes: int,
-           soft_labels: bool, kernels: bool, label_smoothing: float = 0.0) -> tuple[LossFunction, str]:
-    """The loss as a function of (student_logits, teacher_logits, labels), and its name to print.
+           soft_labels: bool, kernels: bool, label_smoothing: float = 0.0, method: str = "kd",
+           standardised: bool = False) -> tuple[LossFunction, str]:
+    """The loss as a function of (student_outputs, teacher_outputs, labels), and its name to print.
 
-    loss         "reference" is `kd_loss`, "fused" is `fused_kd_loss`, "auto" is the faster one
-    soft_labels  whether labels are (B, C) probabilities, as mixup makes them
-    kernels      False for --kernels off: "auto" is then the reference
+    loss          "reference" is `kd_loss`, "fused" is `fused_kd_loss`, "auto" is the faster one
+    soft_labels   whether labels are (B, C) probabilities, as mixup makes them
+    kernels       False for --kernels off: "auto" is then the reference
+    method        another than "kd" is computed in plain operations (`kd/methods.py`)
+    standardised  whether --standardise is given; also in plain operations
 
-    Raises BadInput where "fused" cannot be had or `loss` is unknown.
+    Raises BadInput where "fused" cannot be had, `loss` is unknown, or the method says nothing about so
+    few classes.
     """
+    if kd_weight and (standardised or method != "kd"):
+        from kd import methods              # here and not at the top, because that file imports `kd_loss`
+        methods.check_classes(method, standardised, num_classes)
+        name = f"{method}, standardised" if standardised else method
+        return partial(methods.method_loss, method=method, classes=num_classes, temperature=temperature,
+                       kd_weight=kd_weight, label_smoothing=label_smoothing, standardised=standardised), name
     if loss not in ("auto", "reference", "fused"):
         raise BadInput(f"--loss {loss}: must be auto, reference or fused")
     if loss == "fused" and soft_labels:

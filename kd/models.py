@@ -22,7 +22,7 @@ from timm.data import resolve_data_config
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
-from kd import BadInput, TrainingFault, one_line, pretrained
+from kd import BadInput, TrainingFault, features, one_line, pretrained
 from kd.machine import distributed, hub
 from kd.machine.files import sync_file
 from kd.pretrained import declared
@@ -71,6 +71,8 @@ def _constant_on_gpu(values: tuple[float, ...], device: torch.device) -> Tensor:
 class FromPixels(nn.Module):
     """uint8 `(B, 3, size, size)` to logits `(B, C)`: a model with its normalisation before it.
 
+    with_features: to `(B, C + D)`, the logits and behind them the pooled features (`kd/features.py`).
+
     So torch.compile sees both, and need not write the normalised pixels to memory. Mean and std are buffers, because a
     constant that is copied to the GPU would keep the compiled model from being replayed as a CUDA graph.
     """
@@ -78,15 +80,16 @@ class FromPixels(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: nn.Module, prep: Preprocessing) -> None:
+    def __init__(self, model: nn.Module, prep: Preprocessing, with_features: bool = False) -> None:
         super().__init__()
-        self.model, self.prep = model, prep
+        self.model, self.prep, self.with_features = model, prep, with_features
         device = next(model.parameters(), torch.empty(0)).device
         for name, values in (("mean", prep.mean), ("std", prep.std)):
             self.register_buffer(name, torch.tensor(values, device=device), persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return self.model(_scaled(pixels, self.mean, self.std))
+        x = _scaled(pixels, self.mean, self.std)
+        return features.logits_and_features(self.model, x) if self.with_features else self.model(x)
 
 
 # Creating models
@@ -301,6 +304,7 @@ def save(model: nn.Module, folder: Path, classes: tuple[str, ...], prep: Preproc
                                    "mean": prep.mean, "std": prep.std, "interpolation": prep.interpolation}
     # safetensors takes contiguous tensors only, and channels_last ones are not.
     contiguous = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format)
+    features.merge_head(contiguous)
     for key in ("label_names", "label_descriptions"):
         declared(contiguous).pop(key, None)     # those of the weights that the model started from
     try:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kd import BadInput, models
+from kd.features import merge_head
 from kd.machine import checkpoint, devices, distributed, runtime
 from kd.machine.files import write_atomic
 from kd.machine.health import Guard
@@ -254,6 +255,7 @@ class Run:
 
     def load_best(self, role: str, model: nn.Module) -> None:
         """Put the best weights of a role, which are on rank 0's disk, into every rank's `model`."""
+        merge_head(model)                   # as in the folder
         if distributed.rank() == 0:
             models.load_saved(self.out / role, model)
         distributed.broadcast_weights(model)

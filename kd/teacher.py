@@ -1,7 +1,8 @@
-"""The teacher: a frozen model whose logits are computed once for each view of each sample, then read from disk.
+"""The teacher: a frozen model that is asked once for each view of each sample. Its answers are then read from disk.
 
 A frozen model gives the same logits for the same pixels, yet a distillation loop asks it again in every epoch. That is
-most of the arithmetic of a step. Views are functions of a key (`kd/views.py`), so their logits can be kept.
+most of the arithmetic of a step. Views are functions of a key (`kd/views.py`), so their logits can be kept. Some
+methods (`kd/methods.py`) also compare the pooled features. These are then kept behind the logits, in the same row.
 """
 
 from pathlib import Path
@@ -16,6 +17,7 @@ from kd import models
 from kd.batches import Batch
 from kd.data.frames import Data, Split
 from kd.fast.folding import fold_batchnorm
+from kd.features import logits_and_features, width
 from kd.logits import LogitStore
 from kd.machine import distributed
 from kd.machine.devices import to_device
@@ -25,11 +27,12 @@ from kd.views import CODE, Augmentation, Views, load_views
 
 
 class StoreOptions(NamedTuple):
-    """Where the logits are stored, and how much of them."""
+    """Where the answers are stored, and how much of them."""
 
     folder: Path
-    topk: int = 0               # only the K largest of a row; 0: all of them
-    temperature: float = 1.0    # at which the rest of a row keeps its total probability
+    topk: int = 0                   # only the K largest logits of a row; 0: all of them
+    temperature: float = 1.0        # at which the rest of a row keeps its total probability
+    with_features: bool = False     # the D pooled features too
 
 
 class Teacher:
@@ -46,8 +49,11 @@ class Teacher:
         self.store = self._open_store(data.train, views.augmentation)
 
     @torch.no_grad()
-    def logits(self, batch: Batch) -> Tensor:
-        """float32 `(B, C)`, on the device: read from disk where this (view, sample) was met before, else computed."""
+    def outputs(self, batch: Batch) -> Tensor:
+        """float32 `(B, C)` logits, or `(B, C + D)` with the pooled features behind them; on the device.
+
+        Read from disk where this (view, sample) was met before, else computed and kept.
+        """
         stored = self.store.get(batch.view, batch.samples)
         if stored is not None:
             return to_device(stored, self.runtime.device)
@@ -58,8 +64,9 @@ class Teacher:
             pixels = load_views(self.data.train.frames, batch.samples, batch.view, self.views, self.runtime.device)
         # Both see the same view, each normalised with the mean and std of its own weights.
         with self.runtime.autocast():
-            logits = self.model(models.normalize(pixels, self.prep)).float()
-        return self.store.put(batch.view, batch.samples, logits)
+            x = models.normalize(pixels, self.prep)
+            outputs = logits_and_features(self.model, x) if self.options.with_features else self.model(x)
+        return self.store.put(batch.view, batch.samples, outputs.float())
 
     def predict(self, split: Split, label: str, stop: Callable[[], None] = lambda: None) -> np.ndarray:
         """float32 `(N, C)`: the logits of a whole split under the centre crop, computed once and kept as well.
@@ -85,5 +92,9 @@ class Teacher:
         if augmentation is None:
             return LogitStore(self.options.folder / "logits", key, len(split), len(self.data.classes))
         key.update(augment=augmentation, seed=self.views.seed, code=CODE)
-        return LogitStore(self.options.folder / "logits", key, len(split), len(self.data.classes), self.options.topk,
+        columns = len(self.data.classes)
+        if self.options.with_features:
+            key.update(with_features=True)
+            columns += width(self.model)
+        return LogitStore(self.options.folder / "logits", key, len(split), columns, self.options.topk,
                           self.options.temperature)

@@ -139,9 +139,9 @@ def test_a_teacher_of_another_interpolation_sees_the_same_views_from_frames_of_i
         assert not torch.equal(one.pixels, other.pixels)
         with torch.no_grad():
             expected = model(models.normalize(other.pixels, teacher.prep))
-        assert torch.equal(teacher.logits(one), expected)
+        assert torch.equal(teacher.outputs(one), expected)
         teacher.store.flush()
-        assert torch.equal(teacher.logits(other), expected)     # read from disk
+        assert torch.equal(teacher.outputs(other), expected)     # read from disk
     assert teacher.store.teacher_batches == 5
 
 

@@ -59,7 +59,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, labels: 
 
 def watch_teacher(monkeypatch: Any, note: Callable[[Any], None]) -> None:
     """Call `note(teacher)` before and after each batch that the teacher computes."""
-    answer = train.Teacher.logits
+    answer = train.Teacher.outputs
 
     def watched(teacher: train.Teacher, batch: Batch) -> Tensor:
         note(teacher)
@@ -67,4 +67,4 @@ def watch_teacher(monkeypatch: Any, note: Callable[[Any], None]) -> None:
         note(teacher)
         return logits
 
-    monkeypatch.setattr(train.Teacher, "logits", watched)
+    monkeypatch.setattr(train.Teacher, "outputs", watched)

@@ -61,7 +61,7 @@ def watched(config: train.Config) -> dict[str, Any]:
     machine: list[float] = []
     memory: list[int] = []
     asked: list[np.ndarray] = []
-    step, answer = train.train_step, Teacher.logits
+    step, answer = train.train_step, Teacher.outputs
     same = models.create("student", config.student, ("a", "b")).to(memory_format=torch.channels_last)
     pixels = torch.zeros(config.batch_size, 3, config.size, config.size).to(memory_format=torch.channels_last)
     since = time.perf_counter()
@@ -86,12 +86,12 @@ def watched(config: train.Config) -> dict[str, Any]:
         return logits
 
     train.train_step = timed
-    Teacher.logits = counted  # type: ignore[assignment, method-assign]
+    Teacher.outputs = counted  # type: ignore[assignment, method-assign]
     try:
         result = train.main(config)
     finally:
         train.train_step = step
-        Teacher.logits = answer  # type: ignore[assignment, method-assign]
+        Teacher.outputs = answer  # type: ignore[assignment, method-assign]
     return {"result": result, "times": times, "machine": machine, "memory": memory, "asked": np.concatenate(asked)}
 
 

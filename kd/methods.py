@@ -1,0 +1,279 @@
+"""The methods of --method: what of the teacher a student learns from.
+
+    loss = (1 − λ)·CE(student, labels) + λ·method(student, teacher, labels, T)
+
+A method is a function of these four. It returns the mean over the rows of the batch, a scalar.
+
+    student, teacher    logits `(B, C)`, or for the methods in ON_FEATURES pooled features `(B, D)`;
+                        float32 or float64. The teacher's have no gradient
+    labels              `(B,)` int64; only the methods in NEEDS_LABELS read them
+    temperature         T > 0; only the methods that soften logits read it
+
+The papers add the method to a whole CE: CE + w·method. Half of both, λ = 0.5, is the same loss but for
+its scale, to which AdamW is blind. So a default below is the paper's w, and λ = 0.5 its proportion.
+
+Where rows meet (the columns of `dist`, `pkt`, `rkd`), a batch is what one rank computes at a time: its
+own rows, and of these one part of --accumulate. So these three methods, and only they, give another
+loss on two ranks than on one.
+
+A new method is a function here and its name in METHODS and in --method.
+"""
+
+import math
+from typing import Any, Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kd import BadInput, features
+from kd.losses import kd_loss
+
+# ---- on logits ----------------------------------------------------------------------------------------
+
+
+def kd(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """T²·KL(p‖q), where p = softmax(teacher / T) and q = softmax(student / T).
+
+    Hinton, Vinyals & Dean 2015, arXiv:1503.02531. Its minimum is 0, at equal logits. A run with
+    --method kd takes `kd/losses.py` instead, whose fused loss is faster; this one serves --standardise.
+    """
+    return kd_loss(student, teacher, labels, temperature, kd_weight=1.0)
+
+
+def hard(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """CE(student, argmax teacher): the teacher's answer without its doubts. T is not read.
+
+    Touvron et al. 2021 (DeiT), arXiv:2012.12877, equation 3: λ = 0.5. Its infimum is 0, where the
+    student is certain of the teacher's class. The authors' code divides the *soft* loss, with which the
+    paper compares this one, by the number of classes as well.
+    """
+    return F.cross_entropy(student, teacher.argmax(dim=1))
+
+
+def dkd(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, alpha: float = 1.0,
+        beta: float = 8.0) -> Tensor:
+    """T²·(α·TCKD + β·NCKD): the KL in two parts, each with a weight of its own.
+
+        TCKD = KL([p_y, 1 − p_y] ‖ [q_y, 1 − q_y])      the label's class y against all others
+        NCKD = KL(p̂ ‖ q̂)                                the others among themselves, summing to 1
+        KL(p‖q) = TCKD + (1 − p_y)·NCKD
+
+    Zhao et al. 2022, arXiv:2203.08679, equation 7. Its minimum is 0, at equal logits. α = 1 and β = 8 are
+    theirs for CIFAR-100; they choose β for each pair of models. Their code also multiplies by
+    min(epoch / 20, 1), and writes −1000 where the label's class is left out: here it is −inf.
+    """
+    t, s = teacher / temperature, student / temperature
+    tckd = _kl(_label_against_others(t, labels), _label_against_others(s, labels))
+    nckd = _kl(_among_others(t, labels), _among_others(s, labels))
+    return temperature ** 2 * (alpha * tckd + beta * nckd).mean()
+
+
+def nkd(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, gamma: float = 1.5) -> Tensor:
+    """−p_y·log q_y − γ·T²·Σ_{c≠y} p̂_c·log q̂_c; p_y and q_y are taken at T = 1, p̂ and q̂ (see `dkd`) at T.
+
+    Yang et al. 2023, arXiv:2303.13005, without its CE. Both terms are cross-entropies. The
+    second is least where p̂ = q̂: it is then γ·T² times the entropy of p̂. The first only falls as q_y
+    rises, so the gradient is not 0 at equal logits. γ = 1.5 and T = 1 are theirs for ImageNet. Their code
+    takes softmax and log one after the other, which gave others NaN.
+    """
+    p_label = teacher.softmax(dim=1).gather(1, labels[:, None])
+    target = (p_label * student.log_softmax(dim=1).gather(1, labels[:, None])).sum(dim=1)
+    p_others = _among_others(teacher / temperature, labels).exp()
+    log_q_others = _among_others(student / temperature, labels)
+    others = (p_others * log_q_others.masked_fill(p_others == 0, 0)).sum(dim=1)
+    return -(target + gamma * temperature ** 2 * others).mean()
+
+
+def dist(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, beta: float = 2.0,
+         gamma: float = 2.0) -> Tensor:
+    """β·mean_rows(1 − ρ(p_i, q_i)) + γ·mean_columns(1 − ρ(p_{:c}, q_{:c})), ρ is Pearson's correlation.
+
+    Huang et al. 2022, arXiv:2205.10536. A row is one picture over the classes, a column
+    one class over the pictures of the batch. Its minimum is 0, at equal logits, if no row or column is
+    constant: there ρ counts as 0. With two classes a row of probabilities is a line, so its ρ is ±1 and
+    only the columns teach. Their code multiplies by T². The paper does not, and a correlation does not
+    shrink as T grows.
+    """
+    p, q = (teacher / temperature).softmax(dim=1), (student / temperature).softmax(dim=1)
+    rows, columns = _correlation(p, q), _correlation(p.T, q.T)
+    return beta * (1 - rows).mean() + gamma * (1 - columns).mean()
+
+
+# ---- on pooled features -------------------------------------------------------------------------------
+
+
+def pkt(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float,
+        weight: float = 30_000 / 64) -> Tensor:
+    """w·mean_i KL(p_{·|i} ‖ q_{·|i}): who is near whom in the batch.
+
+        K_ij = (1 + cos(h_i, h_j)) / 2          p_{j|i} = K_ij / Σ_{k≠i} K_ik,  j ≠ i
+
+    Passalis & Tefas 2018, arXiv:1803.10837. Its minimum is 0, at equal features. The
+    width of the student's features may differ. The weight is RepDistiller's: it multiplies a mean over
+    all B² pairs by 30,000, which for its batch of 64 is 469 times this mean over rows. The authors' code
+    counts a picture among its own neighbours.
+    """
+    p, q = _neighbours(teacher), _neighbours(student)
+    return weight * _kl(p.log(), q.clamp(min=1e-7).log()).mean()
+
+
+def rkd(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, distances: float = 25.0,
+        angles: float = 50.0) -> Tensor:
+    """25·mean_{i<j} huber(d_ij / mean d) + 50·mean_{ijk} huber(cos∠ijk), each of student − teacher.
+
+    Park et al. 2019, arXiv:1904.05068, with their weights for classification. Its minimum
+    is 0, at equal features. The width of the student's features may differ. The means are over pairs and
+    triples of different pictures; the authors' code divides by all B² and B³. It needs memory for B²·D
+    numbers: fine for 32 pictures of 1280 features (5 MB), not for 1024.
+    """
+    rows = len(student)
+    pairs, triples = max(math.comb(rows, 2), 1), max(rows * (rows - 1) * (rows - 2), 1)
+    distance = F.smooth_l1_loss(_distances(student), _distances(teacher), reduction="sum") / pairs
+    angle = F.smooth_l1_loss(_angles(student), _angles(teacher), reduction="sum") / triples
+    return distances * distance + angles * angle
+
+
+def simkd(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """mean (P(h_s) − h_t)²: the student learns the teacher's features and takes over its classifier.
+
+    Chen et al. 2022, arXiv:2203.14001, where λ = 1. Its minimum is 0, at equal features. Their P is
+    three convolutions before the pooling, which stay in the student. Here P is linear and comes after it,
+    so P and the teacher's classifier become one linear layer (`kd/features.py`).
+    """
+    return F.mse_loss(student, teacher)
+
+
+METHODS: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
+    "kd": kd, "hard": hard, "dkd": dkd, "dist": dist, "nkd": nkd, "pkt": pkt, "rkd": rkd, "simkd": simkd}
+ON_FEATURES = {"pkt", "rkd", "simkd"}
+NEEDS_LABELS = {"dkd", "nkd"}
+SOFTENED = ("kd", "dkd", "dist", "nkd")         # they have a temperature, and may be standardised
+
+
+# ---- a pre-process of logits --------------------------------------------------------------------------
+
+
+def standardise(logits: Tensor) -> Tensor:
+    """Each row minus its mean, divided by its standard deviation; `(B, C)`, finite.
+
+    Sun et al. 2024, arXiv:2403.01427: only the relations of the logits are learned, not their
+    size. A row a·z + b with a > 0 gives what z gives. A constant row gives zeros. As in the paper, the
+    deviation is that of the population; their code divides by C − 1.
+    """
+    centred = logits - logits.mean(dim=1, keepdim=True)
+    return centred / centred.square().mean(dim=1, keepdim=True).clamp(min=1e-14).sqrt()
+
+
+# ---- the loss of a run --------------------------------------------------------------------------------
+
+
+def method_loss(student_outputs: Tensor, teacher_outputs: Tensor, labels: Tensor, *, method: str, classes: int,
+                temperature: float, kd_weight: float, label_smoothing: float = 0.0,
+                standardised: bool = False) -> Tensor:
+    """(1 − λ)·CE + λ·method, a scalar.
+
+    student_outputs     `(B, C)` logits; for the methods in ON_FEATURES `(B, C + D)`, logits and features
+    teacher_outputs     the same of the teacher
+    labels              `(B,)` int64, or NO_LABEL; for the methods outside NEEDS_LABELS also `(B, C)`
+                        probabilities
+    classes             C
+
+    Computed in float32 whatever the outputs' precision; float64 stays float64.
+    """
+    s = student_outputs.to(torch.promote_types(student_outputs.dtype, torch.float32))
+    t = teacher_outputs.detach().to(s.dtype)
+    loss = s.new_zeros(())
+    if kd_weight < 1:
+        ce = kd_loss(s[:, :classes], None, labels, temperature, 0.0, label_smoothing)
+        loss = (1 - kd_weight) * ce
+    if method in ON_FEATURES:
+        s, t = s[:, classes:], t[:, classes:]
+    if standardised:
+        s, t = standardise(s), standardise(t)
+    return loss + kd_weight * METHODS[method](s, t, labels, temperature)
+
+
+def check(cfg: Any) -> None:
+    """Raise BadInput for flags of a run that do not go with its --method or --standardise."""
+    if not cfg.kd_weight:
+        return                                  # nothing is learned from the teacher
+    method = cfg.method
+    name = "--standardise" if cfg.standardise else f"--method {method}"
+    if cfg.standardise and method not in SOFTENED:
+        raise BadInput(f"--standardise: {method} has no temperature; it goes with --method {', '.join(SOFTENED)}")
+    if cfg.topk and (cfg.standardise or method not in ("kd", "hard")):
+        raise BadInput(f"--topk {cfg.topk}: {name} needs all of the teacher's outputs; leave it out")
+    if cfg.loss == "fused" and (cfg.standardise or method != "kd"):
+        raise BadInput(f"--loss fused: {name} has no fused loss; use --loss auto")
+    if method in NEEDS_LABELS and (cfg.labels or cfg.unlabelled):
+        raise BadInput(f"--method {method}: needs the label of every picture, which --labels and --unlabelled do not "
+                       f"give; use another method")
+    if method in NEEDS_LABELS and cfg.augment == "mixup":
+        raise BadInput(f"--method {method}: needs one label for each picture, and mixup gives two; use another "
+                       f"--augment")
+    if method in ("pkt", "rkd") and cfg.kd_weight == 1:
+        raise BadInput(f"--kd-weight 1: --method {method} compares features only, so nothing would train the "
+                       f"student's classifier; give less, such as 0.5")
+
+
+def check_models(method: str, teacher: nn.Module, student: nn.Module, size: int) -> None:
+    """Raise BadInput where `method` compares pooled features and a model has none."""
+    if method in ON_FEATURES:
+        features.check("teacher", teacher, method, size)
+        features.check("student", student, method, size)
+
+
+def check_classes(method: str, standardised: bool, classes: int) -> None:
+    """Raise BadInput where a method says nothing about so few classes."""
+    if classes < 3 and method in NEEDS_LABELS:
+        raise BadInput(f"--method {method}: compares the classes that are not the label's, and of {classes} classes "
+                       f"only one is left; use --method kd")
+    if classes < 3 and standardised:
+        raise BadInput(f"--standardise: of {classes} standardised logits only their order is left; leave it out")
+
+
+# ---- what the methods share ---------------------------------------------------------------------------
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p‖q) of each row, `(B,)`; 0·log 0 counts as 0."""
+    p = log_p.exp()
+    return (p * (log_p - log_q).masked_fill(p == 0, 0)).sum(dim=1)
+
+
+def _label_against_others(logits: Tensor, labels: Tensor) -> Tensor:
+    """log [p_y, 1 − p_y] of each row, `(B, 2)`."""
+    log_p = logits.log_softmax(dim=1)
+    label = F.one_hot(labels, logits.shape[1]).bool()
+    return torch.stack([log_p[label], log_p.masked_fill(label, -math.inf).logsumexp(dim=1)], dim=1)
+
+
+def _among_others(logits: Tensor, labels: Tensor) -> Tensor:
+    """log-softmax over the classes that are not the label's, `(B, C)`; −inf for the label's."""
+    label = F.one_hot(labels, logits.shape[1]).bool()
+    return logits.masked_fill(label, -math.inf).log_softmax(dim=1)
+
+
+def _correlation(a: Tensor, b: Tensor) -> Tensor:
+    """Pearson's correlation of each row of `a` with that of `b`, `(rows,)`; 0 for a constant row."""
+    return F.cosine_similarity(a - a.mean(dim=1, keepdim=True), b - b.mean(dim=1, keepdim=True), dim=1)
+
+
+def _neighbours(h: Tensor) -> Tensor:
+    """p_{j|i} of `pkt`, `(B, B)`, whose rows sum to 1 and whose diagonal is 0."""
+    unit = F.normalize(h, dim=1)
+    kernel = ((1 + unit @ unit.T) / 2).clamp(min=1e-7).fill_diagonal_(0)
+    return kernel / kernel.sum(dim=1, keepdim=True).clamp(min=1e-7)
+
+
+def _distances(h: Tensor) -> Tensor:
+    """Euclidean distances of all pairs i < j, divided by their mean."""
+    distances = F.pdist(h)
+    return distances / (distances.sum() / max(len(distances), 1)).clamp(min=1e-12)
+
+
+def _angles(h: Tensor) -> Tensor:
+    """Cosines of the angles at j between the rows i and k, `(B, B, B)` by [j, i, k]; 0 where i or k is j."""
+    towards = F.normalize(h[None] - h[:, None], dim=2)
+    return towards @ towards.transpose(1, 2)
