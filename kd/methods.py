@@ -16,7 +16,7 @@ Where rows meet (the columns of `dist`, `pkt`, `rkd`), a batch is what one rank 
 own rows, and of these one part of --accumulate. So these three methods, and only they, give another
 loss on two ranks than on one.
 
-A new method is a function here and its name in METHODS and in --method.
+A new method is a function here, its name in METHODS, and its name in --method (`train.py`).
 """
 
 import math
@@ -144,8 +144,8 @@ def simkd(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) 
     return F.mse_loss(student, teacher)
 
 
-METHODS: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
-    "kd": kd, "hard": hard, "dkd": dkd, "dist": dist, "nkd": nkd, "pkt": pkt, "rkd": rkd, "simkd": simkd}
+Method = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+METHODS: dict[str, Method] = {method.__name__: method for method in (kd, hard, dkd, dist, nkd, pkt, rkd, simkd)}
 ON_FEATURES = {"pkt", "rkd", "simkd"}
 NEEDS_LABELS = {"dkd", "nkd"}
 SOFTENED = ("kd", "dkd", "dist", "nkd")         # they have a temperature, and may be standardised

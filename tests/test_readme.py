@@ -107,7 +107,7 @@ def test_the_four_worked_changes_apply_and_train(photos, tmp_path):
         subprocess.run(["git", "apply", "-"], cwd=clone, input=diff, text=True, check=True)
 
     flags = ("--recipe tutorial --size 32 --epochs 1 --lr 1e-3 --teacher test_resnet --teacher-weights none "
-             "--teacher-epochs 0 --allow-weak-teacher --student mobilenetv2_025 --augment grey --out run "
+             "--teacher-epochs 0 --allow-weak-teacher --student mobilenetv2_025 --augment grey --method mse --out run "
              "--cache-dir cache").split()
     done = subprocess.run([sys.executable, "train.py", "--dataset", str(photos), *flags], cwd=clone,
                           capture_output=True, text=True)

@@ -12,7 +12,7 @@ from kd.models import timm_name
 
 DESCRIPTIONS = {
     "teacher": "the teacher of a distillation: it learned from the labels only",
-    "student": "the student of a distillation: it learned from the labels and from its teacher's logits",
+    "student": "the student of a distillation: it learned from the labels and from its teacher",
     "control": "the control of a distillation: the student's recipe without the teacher, from the labels only",
 }
 
@@ -134,8 +134,7 @@ def _recipe(role: str, settings: Mapping[str, Any], best_epoch: int) -> str:
         f"- teacher `{_model_of('teacher', settings)}`, {start} {whose} pretrained weights, {tuning}",
         f"- student `{_model_of('student', settings)}`, from {student_start}, {settings['epochs']} epochs at "
         f"{settings['size']} px, seed {settings['seed']}",
-        f"- loss (1 - λ)·CE + λ·T²·KL(teacher‖student), T = {settings['temperature']:g}, "
-        f"λ = {settings['kd_weight']:g}{control}",
+        f"- loss (1 - λ)·CE + λ·{_method(settings)}, λ = {settings['kd_weight']:g}{control}",
         f"- the weights are those of the {chosen}",
     ]
     if settings["labels"]:
@@ -144,6 +143,15 @@ def _recipe(role: str, settings: Mapping[str, Any], best_epoch: int) -> str:
     if settings["unlabelled"]:
         lines.insert(0, f"- more pictures without labels for the student: `{base_name(settings['unlabelled'])}`")
     return "\n".join(lines)
+
+
+def _method(settings: Mapping[str, Any]) -> str:
+    """What the student learned of its teacher, with its temperature."""
+    temperature = f", T = {settings['temperature']:g}"
+    standardised = " of standardised logits" if settings["standardise"] else ""
+    if settings["method"] == "kd":
+        return f"T²·KL(teacher‖student){standardised}{temperature}"
+    return f"`{settings['method']}`{standardised}{temperature}"
 
 
 def _scores(row: dict[str, Any], split: str) -> Scores:

@@ -27,13 +27,14 @@ from tests.helpers.runs import command_line, identical, step
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("student, sync_bn, lr, accumulate", [
-    ("test_convnext", False, 2e-3, 2), ("test_efficientnet", True, 5e-5, 1)])
-def test_two_ranks_train_as_one_does(tiny, tmp_path, student, sync_bn, lr, accumulate):
+@pytest.mark.parametrize("student, sync_bn, lr, accumulate, method", [
+    ("test_convnext", False, 2e-3, 2, "kd"), ("test_efficientnet", True, 5e-5, 1, "kd"),
+    ("test_convnext", False, 2e-3, 1, "simkd")])
+def test_two_ranks_train_as_one_does(tiny, tmp_path, student, sync_bn, lr, accumulate, method):
     """Under a high rate AdamW, whose first steps are as long for a small gradient as for a large one, makes the
     rounding of BatchNorm's sums grow: hence the tutorial's rate there."""
     config = dataclasses.replace(tiny, student=student, sync_bn=sync_bn, lr=lr, teacher_epochs=0, augment="mixup",
-                                 views=0, epochs=3, out=str(tmp_path / "one"))
+                                 views=0, epochs=3, method=method, out=str(tmp_path / "one"))
     steps = 5
     if accumulate > 1:
         config, steps = dataclasses.replace(config, batch_size=16, accumulate=accumulate), 3

@@ -1,0 +1,80 @@
+"""kd/features.py: pooled features of timm's models, and a student that reuses its teacher's classifier."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+import train
+from kd import BadInput, features, models
+from kd.fast.folding import fold_batchnorm
+from kd.features import ReusedHead, logits_and_features, merge_head, reuse_head, width
+
+CLASSES = ("a", "b", "c", "d")
+
+
+def model(name: str, seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    return models.create("student", name, CLASSES).eval()
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_vit", "test_convnext",
+                                  "mobilenetv3_small_050", "mobilenetv2_050"])
+def test_the_features_are_what_the_classifier_makes_logits_of(name):
+    one, x = model(name), torch.randn(2, 3, 160 if "test" in name else 64, 160 if "test" in name else 64)
+    with torch.no_grad():
+        outputs = logits_and_features(one, x)
+        logits, pooled = outputs[:, :4], outputs[:, 4:]
+        assert pooled.shape[1] == width(one)
+        torch.testing.assert_close(logits, one(x), rtol=1e-4, atol=1e-5)
+        head = one.get_classifier()
+        torch.testing.assert_close(pooled @ head.weight.T + head.bias, logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_folded_teacher_has_the_same_features():
+    one, x = model("test_resnet"), torch.randn(2, 3, 64, 64)
+    folded = fold_batchnorm(one, 64)
+    assert folded is not one
+    with torch.no_grad():
+        torch.testing.assert_close(logits_and_features(folded, x), logits_and_features(one, x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "levit_128s"])
+def test_a_model_without_one_linear_classifier_is_refused(name):
+    with pytest.raises(BadInput, match=f"^--teacher {name}: has no pooled features for --method pkt"):
+        features.check("teacher", timm.create_model(name, num_classes=4), "pkt", 224)
+
+
+def test_a_method_on_features_refuses_such_a_model_before_it_trains(tiny):
+    with pytest.raises(BadInput, match="^--student levit_128s: has no pooled features for --method simkd"):
+        train.main(dataclasses.replace(tiny, method="simkd", student="levit_128s", size=224))
+
+
+def test_the_merged_head_gives_the_same_logits_and_is_what_timm_builds():
+    student, teacher, x = model("test_efficientnet"), model("test_resnet", seed=1), torch.randn(3, 3, 64, 64)
+    plain = models.parameters(student)
+    reuse_head(student, teacher)
+    head = student.get_classifier()
+    assert isinstance(head, ReusedHead) and head.projector.weight.shape == (width(teacher), 256)
+    assert torch.equal(head.classifier.weight, teacher.get_classifier().weight)
+    assert not head.classifier.weight.requires_grad and head.projector.weight.requires_grad
+    with torch.no_grad():
+        outputs, before = logits_and_features(student, x), student(x)
+        torch.testing.assert_close(outputs[:, :4], before)
+        torch.testing.assert_close(head.classifier(outputs[:, 4:]), before)
+        merge_head(student)
+        torch.testing.assert_close(student(x), before, rtol=1e-4, atol=1e-5)
+    assert models.parameters(student) == plain
+    merge_head(student)                         # once merged, there is nothing to do
+    assert models.parameters(student) == plain
+
+
+def test_a_run_of_simkd_saves_a_plain_student_with_the_teachers_classes(tiny):
+    result = train.main(dataclasses.replace(tiny, method="simkd", kd_weight=1.0, control=True))
+    opened, _, _, classes = models.open_saved(str(Path(tiny.out) / "student"))
+    assert classes == ("blob", "plain", "stripes")
+    assert models.parameters(opened) == result["student"]["params"] == result["control"]["params"]
+    assert type(opened.classifier) is torch.nn.Linear

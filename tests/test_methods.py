@@ -1,0 +1,370 @@
+"""kd/methods.py against the mathematics of the papers, in float64, and runs with each method."""
+
+import dataclasses
+import os
+import signal
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import train
+from kd import BadInput, losses, methods
+from kd.losses import NO_LABEL, kd_loss
+from kd.machine import checkpoint
+from kd.machine.signals import Stopped
+from kd.methods import METHODS, method_loss, standardise
+from tests.helpers.loss_cases import INF, loss_and_gradient
+from tests.helpers.runs import identical
+
+LOGITS = [name for name in METHODS if name not in methods.ON_FEATURES]
+ROWS_MEET = {"dist", "pkt", "rkd"}
+EVERY_FLAG = [*((name, False) for name in METHODS), ("kd", True), ("dkd", True), ("dist", True)]
+
+
+def case(rows: int = 6, columns: int = 5, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """(student, teacher, labels), float64."""
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = (torch.randn(rows, columns, generator=generator, dtype=torch.float64) * 2 for _ in range(2))
+    return student, teacher, torch.randint(0, columns, (rows,), generator=generator)
+
+
+# ---- values, against independent NumPy -----------------------------------------------------------------
+
+def softmax(z):
+    e = np.exp(z)
+    return e / e.sum(-1, keepdims=True)
+
+
+def kl(p, q):
+    return (p * np.log(p / q)).sum(-1)
+
+
+def without_label(z, labels):
+    """Each row without the column of its label, `(B, C − 1)`."""
+    return np.array([np.delete(row, label) for row, label in zip(z, labels)])
+
+
+def numpy_hard(s, t, y, T):
+    return -np.log(softmax(s))[np.arange(len(s)), t.argmax(1)].mean()
+
+
+def numpy_dkd(s, t, y, T):
+    rows = np.arange(len(s))
+    p, q = softmax(t / T)[rows, y], softmax(s / T)[rows, y]
+    tckd = kl(np.stack([p, 1 - p], 1), np.stack([q, 1 - q], 1))
+    nckd = kl(softmax(without_label(t, y) / T), softmax(without_label(s, y) / T))
+    return T * T * (tckd + 8 * nckd).mean()
+
+
+def numpy_nkd(s, t, y, T):
+    rows = np.arange(len(s))
+    target = -softmax(t)[rows, y] * np.log(softmax(s)[rows, y])
+    others = -(softmax(without_label(t, y) / T) * np.log(softmax(without_label(s, y) / T))).sum(1)
+    return (target + 1.5 * T * T * others).mean()
+
+
+def numpy_dist(s, t, y, T):
+    p, q = softmax(t / T), softmax(s / T)
+    rows = np.mean([1 - np.corrcoef(p[i], q[i])[0, 1] for i in range(len(p))])
+    columns = np.mean([1 - np.corrcoef(p[:, c], q[:, c])[0, 1] for c in range(p.shape[1])])
+    return 2 * rows + 2 * columns
+
+
+def numpy_pkt(s, t, y, T):
+    total = 0.0
+    for i in range(len(s)):
+        others = [j for j in range(len(s)) if j != i]
+
+        def near(h):
+            kernel = np.array([(1 + h[i] @ h[j] / np.linalg.norm(h[i]) / np.linalg.norm(h[j])) / 2 for j in others])
+            return kernel / kernel.sum()
+
+        total += kl(near(t), near(s))
+    return 30_000 / 64 * total / len(s)
+
+
+def numpy_rkd(s, t, y, T):
+    def huber(x):
+        return 0.5 * x * x if abs(x) < 1 else abs(x) - 0.5
+
+    rows = range(len(s))
+    pairs = [(i, j) for i in rows for j in rows if i < j]
+    triples = [(i, j, k) for i in rows for j in rows for k in rows if len({i, j, k}) == 3]
+
+    def distances(h):
+        d = np.array([np.linalg.norm(h[i] - h[j]) for i, j in pairs])
+        return d / d.mean()
+
+    def angle(h, i, j, k):
+        a, b = h[i] - h[j], h[k] - h[j]
+        return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+
+    distance = np.mean([huber(x) for x in distances(s) - distances(t)])
+    angles = np.mean([huber(angle(s, *triple) - angle(t, *triple)) for triple in triples])
+    return 25 * distance + 50 * angles
+
+
+def numpy_simkd(s, t, y, T):
+    return ((s - t) ** 2).mean()
+
+
+def numpy_kd(s, t, y, T):
+    return T * T * kl(softmax(t / T), softmax(s / T)).mean()
+
+
+@pytest.mark.parametrize("T", [1.0, 4.0])
+@pytest.mark.parametrize("name", METHODS)
+def test_each_method_is_its_formula(name, T):
+    student, teacher, labels = case()
+    expected = globals()[f"numpy_{name}"](student.numpy(), teacher.numpy(), labels.numpy(), T)
+    assert expected > 0.01
+    assert METHODS[name](student, teacher, labels, T).item() == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_each_gradient_is_that_of_its_value(name):
+    student, teacher, labels = case()
+    assert torch.autograd.gradcheck(lambda s: METHODS[name](s, teacher, labels, 2.0), student.requires_grad_())
+
+
+# ---- what the formulas imply ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["kd", "dkd", "dist", "pkt", "rkd", "simkd"])
+def test_the_minimum_is_0_where_student_and_teacher_are_equal(name):
+    _, teacher, labels = case()
+    loss, gradient = loss_and_gradient(METHODS[name], teacher.clone(), teacher, labels, 2.0)
+    assert abs(loss) < 1e-7 and gradient.abs().max() < 1e-6
+    nearby = teacher + 1e-2 * case(seed=1)[0]
+    assert METHODS[name](nearby, teacher, labels, 2.0) > 1e-7
+
+
+def test_the_second_term_of_nkd_is_least_where_the_other_classes_are_equal():
+    """There it is γ·T² times their entropy. The first term has its infimum elsewhere: at certainty."""
+    _, teacher, labels = case()
+    p = softmax(without_label(teacher.numpy(), labels.numpy()) / 2.0)
+    equal = methods.nkd(teacher, teacher, labels, 2.0)
+    first = (teacher.softmax(1) * -teacher.log_softmax(1)).gather(1, labels[:, None]).mean()
+    assert (equal - first).item() == pytest.approx(-1.5 * 4 * (p * np.log(p)).sum(1).mean(), rel=1e-12)
+    others = partial(methods.nkd, gamma=1.0)
+    certain = teacher.scatter(1, labels[:, None], 40.0)     # the same among the others, and q_y = 1
+    _, gradient = loss_and_gradient(others, certain, teacher, labels, 2.0)
+    assert gradient.abs().max() < 1e-6
+
+
+def test_the_infimum_of_hard_is_0_where_the_student_is_certain_of_the_teachers_class():
+    _, teacher, labels = case()
+    certain = 1e3 * F.one_hot(teacher.argmax(1), 5).double()
+    loss, gradient = loss_and_gradient(methods.hard, certain, teacher, labels, 1.0)
+    assert loss == 0 and gradient.abs().max() == 0
+
+
+@settings(deadline=None, derandomize=True, max_examples=50)
+@given(seed=st.integers(0, 999), T=st.sampled_from([0.5, 1.0, 4.0]), columns=st.integers(3, 12))
+def test_the_two_parts_of_dkd_make_up_the_kl(seed, T, columns):
+    """KL(p‖q) = TCKD + (1 − p_y)·NCKD, one row at a time."""
+    student, teacher, labels = case(5, columns, seed)
+    for row in range(5):
+        s, t, y = student[row:row + 1], teacher[row:row + 1], labels[row:row + 1]
+        tckd, nckd = methods.dkd(s, t, y, T, alpha=1, beta=0), methods.dkd(s, t, y, T, alpha=0, beta=1)
+        p_label = (t / T).softmax(1)[0, y]
+        assert (tckd + (1 - p_label) * nckd).item() == pytest.approx(methods.kd(s, t, y, T).item(), rel=1e-6, abs=1e-12)
+
+
+@settings(deadline=None, derandomize=True, max_examples=50)
+@given(seed=st.integers(0, 999), scale=st.floats(0.1, 10), shift=st.floats(-5, 5))
+def test_correlations_do_not_see_the_scale_and_the_shift_of_a_row_of_probabilities(seed, scale, shift):
+    p, q = (z.softmax(1) for z in case(seed=seed)[:2])
+    expected = methods._correlation(p, q)
+    torch.testing.assert_close(methods._correlation(p, scale * q + shift), expected, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(methods._correlation(scale * p + shift, q), expected, rtol=1e-7, atol=1e-9)
+
+
+@settings(deadline=None, derandomize=True, max_examples=50)
+@given(seed=st.integers(0, 999), scale=st.floats(0.1, 10), shift=st.floats(-5, 5))
+def test_standardisation_does_not_see_the_scale_and_the_shift_of_a_row(seed, scale, shift):
+    z = case(seed=seed)[0]
+    torch.testing.assert_close(standardise(scale * z + shift), standardise(z), rtol=1e-7, atol=1e-9)
+    assert standardise(z).mean(1).abs().max() < 1e-12
+    torch.testing.assert_close(standardise(z).square().mean(1), torch.ones(len(z), dtype=z.dtype))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_batch_that_is_given_twice_has_the_same_loss_where_rows_do_not_meet(name):
+    student, teacher, labels = case()
+    once = METHODS[name](student, teacher, labels, 2.0).item()
+    twice = METHODS[name](torch.cat([student] * 2), torch.cat([teacher] * 2), torch.cat([labels] * 2), 2.0).item()
+    same = twice == pytest.approx(once, rel=1e-12)
+    assert same == (name not in ("pkt", "rkd"))     # a column of `dist` given twice has the same correlation
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_two_ranks_have_the_loss_of_one_where_rows_do_not_meet(name):
+    student, teacher, labels = case(8)
+    halves = [METHODS[name](student[rows], teacher[rows], labels[rows], 2.0).item() for rows in (slice(4), slice(4, 8))]
+    whole = METHODS[name](student, teacher, labels, 2.0).item()
+    assert (np.mean(halves) == pytest.approx(whole, rel=1e-9)) == (name not in ROWS_MEET)
+
+
+@pytest.mark.parametrize("name", ["pkt", "rkd"])
+def test_relations_may_be_compared_between_features_of_different_widths(name):
+    student, teacher, labels = case(6, 5)
+    rotation = torch.linalg.qr(torch.randn(9, 9, dtype=torch.float64))[0][:5]
+    assert METHODS[name](student @ rotation, student, labels, 1.0).item() == pytest.approx(0, abs=1e-9)
+    assert METHODS[name](student @ rotation, teacher, labels, 1.0) > 0.01
+
+
+# ---- edges ---------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["kd", "dkd", "nkd", "hard"])
+def test_a_class_that_both_rule_out_counts_for_nothing(name):
+    student, teacher, labels = case(6, 5)
+    labels %= 4
+    student[:, 4] = teacher[:, 4] = -INF
+    loss, gradient = loss_and_gradient(METHODS[name], student, teacher, labels, 2.0)
+    expected, inner = loss_and_gradient(METHODS[name], student[:, :4], teacher[:, :4], labels, 2.0)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-9)
+    torch.testing.assert_close(gradient[:, :4], inner)
+    assert (gradient[:, 4] == 0).all()
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("student", ["random", "constant"])
+def test_constant_rows_and_columns_give_finite_losses_and_gradients(name, student):
+    s, _, labels = case()
+    s = s if student == "random" else torch.ones_like(s)
+    for t in (torch.ones_like(s), torch.arange(5.0, dtype=s.dtype).expand(6, 5), torch.zeros_like(s)):
+        loss, gradient = loss_and_gradient(METHODS[name], s, t, labels, 2.0)
+        assert loss.isfinite() and gradient.isfinite().all()
+    assert standardise(torch.ones(2, 5)).eq(0).all()
+
+
+def test_a_constant_row_or_column_has_no_correlation():
+    _, teacher, labels = case()
+    assert methods.dist(torch.zeros_like(teacher), teacher, labels, 1.0).item() == pytest.approx(4, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_two_pictures_are_enough(name):
+    student, teacher, labels = case(2)
+    loss, gradient = loss_and_gradient(METHODS[name], student, teacher, labels, 2.0)
+    assert loss.isfinite() and gradient.isfinite().all() and loss >= -1e-9
+
+
+def test_with_two_classes_dist_is_exact_and_dkd_nkd_and_standardise_are_refused():
+    student, teacher, labels = case(6, 2)
+    expected = numpy_dist(student.numpy(), teacher.numpy(), labels.numpy(), 1.0)
+    assert methods.dist(student, teacher, labels, 1.0).item() == pytest.approx(expected, rel=1e-9)
+    choose = partial(losses.choose, "auto", torch.device("cpu"), 1.0, 0.5, 2, False, True)
+    for name in methods.NEEDS_LABELS:
+        with pytest.raises(BadInput, match=f"^--method {name}: compares the classes that are not the label's"):
+            choose(method=name)
+    with pytest.raises(BadInput, match="^--standardise: of 2 standardised logits only their order is left"):
+        choose(standardised=True)
+
+
+# ---- the loss of a run ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, standardised", EVERY_FLAG)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_upcast_before_anything_else(name, standardised, dtype):
+    student, teacher, labels = case(6, 9)
+    s, t = student.to(dtype), teacher.to(dtype)
+    loss = partial(method_loss, labels=labels % 5, method=name, classes=5, temperature=2.0, kd_weight=0.5,
+                   standardised=standardised)
+    assert torch.equal(loss(s, t), loss(s.float(), t.float())) and loss(s, t).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name, standardised", EVERY_FLAG)
+@pytest.mark.parametrize("weight", [0.3, 1.0])
+def test_the_weight_is_the_methods_share_and_label_smoothing_is_of_the_cross_entropy(name, standardised, weight):
+    outputs, teacher, labels = case(6, 9)
+    labels %= 5
+    s, t = (outputs[:, 5:], teacher[:, 5:]) if name in methods.ON_FEATURES else (outputs, teacher)
+    if name not in methods.ON_FEATURES:
+        outputs, teacher, s, t = (x[:, :5] for x in (outputs, teacher, s, t))
+    if standardised:
+        s, t = standardise(s), standardise(t)
+    ce = F.cross_entropy(outputs[:, :5], labels, label_smoothing=0.1)
+    loss = method_loss(outputs, teacher, labels, method=name, classes=5, temperature=2.0, kd_weight=weight,
+                       label_smoothing=0.1, standardised=standardised)
+    expected = (1 - weight) * ce + weight * METHODS[name](s, t, labels, 2.0)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["kd", "hard", "dist", "pkt", "rkd", "simkd"])
+def test_a_row_without_a_label_has_the_method_but_no_cross_entropy(name):
+    outputs, teacher, labels = case(6, 9)
+    labels %= 5
+    partly = labels.clone()
+    partly[[1, 4]] = NO_LABEL
+    loss = partial(method_loss, outputs, teacher, method=name, classes=5, temperature=2.0)
+    if name not in methods.ON_FEATURES:
+        loss = partial(method_loss, outputs[:, :5], teacher[:, :5], method=name, classes=5, temperature=2.0)
+    ce = F.cross_entropy(outputs[:, :5], partly, ignore_index=NO_LABEL, reduction="sum") / 6
+    expected = 0.5 * ce + 0.5 * loss(labels, kd_weight=1.0)
+    assert loss(partly, kd_weight=0.5).item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_kd_is_chosen_as_before_and_by_itself_is_the_reference():
+    student, teacher, labels = case()
+    chosen, name = losses.choose("reference", torch.device("cpu"), 2.0, 0.5, 5, False, True, method="kd")
+    assert name == "reference" and torch.equal(chosen(student, teacher, labels),
+                                               kd_loss(student, teacher, labels, 2.0, 0.5))
+    assert torch.equal(method_loss(student, teacher, labels, method="kd", classes=5, temperature=2.0, kd_weight=1.0),
+                       kd_loss(student, teacher, labels, 2.0, 1.0))
+
+
+def test_the_flag_names_every_method():
+    field, = (field for field in dataclasses.fields(train.Config) if field.name == "method")
+    assert field.metadata["choices"] == tuple(METHODS)
+
+
+@pytest.mark.parametrize("flags, line", [
+    (dict(method="dkdd"), "--method dkdd: not one of its values; did you mean dkd"),
+    (dict(method="pkt", standardise=True), "--standardise: pkt has no temperature; it goes with --method kd, dkd"),
+    (dict(method="dist", topk=2), "--topk 2: --method dist needs all of the teacher's outputs"),
+    (dict(standardise=True, topk=2), "--topk 2: --standardise needs all of the teacher's outputs"),
+    (dict(method="simkd", loss="fused"), "--loss fused: --method simkd has no fused loss; use --loss auto"),
+    (dict(method="dkd", labels=9), "--method dkd: needs the label of every picture"),
+    (dict(method="nkd", unlabelled="others"), "--method nkd: needs the label of every picture"),
+    (dict(method="dkd", augment="mixup"), "--method dkd: needs one label for each picture, and mixup gives two"),
+    (dict(method="rkd", kd_weight=1.0), "--kd-weight 1: --method rkd compares features only"),
+])
+def test_flags_that_do_not_go_together_are_refused_before_anything_is_loaded(tiny, flags, line):
+    with pytest.raises(BadInput, match=f"^{line}"):
+        train.main(dataclasses.replace(tiny, dataset="/nowhere", **flags))
+
+
+# ---- whole runs ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, standardised", [("kd", True), ("dkd", False), ("rkd", False), ("simkd", False)])
+def test_a_stopped_run_with_a_method_ends_with_the_same_bits(tiny, monkeypatch, name, standardised):
+    """And its second run asks the teacher nothing: features, too, are read from disk."""
+    config = dataclasses.replace(tiny, method=name, standardise=standardised, teacher_epochs=0, views=0)
+    whole = dataclasses.replace(config, out=config.out + "-whole")
+    result = train.main(whole)
+    assert result["teacher_batches"] == 10
+
+    steps, step = 8, train.train_step           # in the second epoch
+
+    def stopping(*given):
+        nonlocal steps
+        steps -= 1
+        if not steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*given)
+
+    monkeypatch.setattr(train, "train_step", stopping)
+    with pytest.raises(Stopped):
+        train.main(config)
+    again = train.main(dataclasses.replace(config, resume=True))
+    one, other = (checkpoint.read(Path(each.out) / "last.ckpt") for each in (whole, config))
+    identical(one, other)
+    assert again["student"] == result["student"] and again["teacher_batches"] == 0
