@@ -5,9 +5,11 @@ within each run: student and control start from the same weights and see the sam
 what a seed gives to both cancels.
 """
 
+import contextlib
 import json
 import os
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -261,17 +263,35 @@ def format_mean(values: dict[str, Any], sign: str = "") -> str:
     return mean if values["sd"] is None else f"{mean} ± {100 * values['sd']:.1f}"
 
 
-def draw_figure(compared: dict[str, Any], file: Path) -> None:
-    """A line a group, named by the folder of its first run: a dot a run on the test split, a tick at their mean.
+@contextlib.contextmanager
+def drawing(file: Path, size: tuple[float, float], panels: int = 1) -> Iterator[list[Any]]:
+    """A new figure of that size in inches, as the axes of its panels, which is written to `file` in the end.
 
     The ending of `file` decides the format: svg, png or pdf. Raises BadInput where it cannot be written.
     """
-    from matplotlib import rc_context  # takes half a second to import, which only --figure needs
+    from matplotlib import rc_context  # takes half a second to import, which only figures need
     from matplotlib.figure import Figure
-    groups = compared["groups"]
     with rc_context({"svg.hashsalt": "kd", "svg.fonttype": "none", "text.parse_math": False, "font.size": 9}):
-        figure = Figure(figsize=(7, 0.9 + 0.55 * len(groups)), layout="constrained")
-        axes = figure.subplots()
+        figure = Figure(figsize=size, layout="constrained")
+        all_axes = list(figure.subplots(1, panels, squeeze=False)[0])
+        yield all_axes
+        for axes in all_axes:
+            axes.spines[["top", "right", "left"]].set_visible(False)
+            axes.tick_params(axis="y", length=0)
+        try:
+            figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
+        except (OSError, ValueError) as error:  # ValueError: an unknown format
+            raise BadInput(f"--figure {file}: cannot be written ({getattr(error, 'strerror', None) or error})"
+                           ) from error
+
+
+def draw_figure(compared: dict[str, Any], file: Path) -> None:
+    """A line a group, named by the folder of its first run: a dot a run on the test split, a tick at their mean.
+
+    The ending of `file` decides the format. Raises BadInput where it cannot be written.
+    """
+    groups = compared["groups"]
+    with drawing(file, (7, 0.9 + 0.55 * len(groups))) as (axes,):
         for place, group in enumerate(groups):
             for role, above in zip(ROLES, (0.0, 0.14, -0.14), strict=True):
                 shares = [100 * row[role]["accuracy"] for row in compared["runs"]
@@ -286,14 +306,7 @@ def draw_figure(compared: dict[str, Any], file: Path) -> None:
                                              for folder, group in zip(folders, groups, strict=True)])
         axes.set(xlabel="test accuracy, %", ylim=(len(groups) - 0.5, -0.5))
         axes.grid(axis="x", alpha=0.3)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.tick_params(axis="y", length=0)
         axes.legend(ncols=3, frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
-        try:
-            figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
-        except (OSError, ValueError) as error:  # ValueError: an unknown format
-            raise BadInput(f"--figure {file}: cannot be written ({getattr(error, 'strerror', None) or error})"
-                           ) from error
 
 
 def main(argv: list[str]) -> dict[str, Any]:
