@@ -201,7 +201,7 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch
     loss_fn          (student_outputs, teacher_outputs, labels) to the mean loss, a scalar
 
     Returns the loss and the norm of its gradient, two scalars. They stay on the device: on a GPU,
-    nothing in here waits for it. With several ranks, the mean of their losses is that of the batch.
+    nothing in here waits for it. The mean over the ranks is that of the batch, if its rows do not meet.
     """
     rows = len(batch.pixels)
     total = torch.zeros((), device=batch.pixels.device)
@@ -364,7 +364,7 @@ def main(cfg: Config) -> dict[str, Any]:
     distributed.join(machine.device)                          # meet the other ranks, if any
     # Refuses a folder that holds another run, unless --resume or --overwrite says what to do.
     run = Run(folder_of(cfg), dataclasses.asdict(cfg), FREE_ON_RESUME, cfg.save_minutes, cfg.resume,
-              cfg.overwrite)
+              cfg.overwrite, defaults=dataclasses.asdict(Config()))
     if run.finished:                                          # its result, once all is written
         print(f"{run.out} is finished: nothing to do")
         push(run, cfg)
@@ -380,7 +380,7 @@ def main(cfg: Config) -> dict[str, Any]:
     prep = models.preprocessing(student)
     teacher_model = build("teacher", dataset.classes, cfg, machine)
     teacher_prep = models.preprocessing(teacher_model)._replace(crop_pct=prep.crop_pct)
-    methods.check_models(cfg.method, teacher_model, student, cfg.size)
+    methods.check_models(cfg, teacher_model, student)
 
     data = teacher_data = decode_for(prep, dataset, cfg, run)
     if teacher_prep.interpolation != prep.interpolation:
@@ -470,7 +470,7 @@ def check(cfg: Config) -> None:
     """Raise BadInput for what can be found wrong without loading anything."""
     cli.check(cfg)
     distributed.check_batch_size(cfg.batch_size, cfg.accumulate)
-    methods.check(cfg)
+    methods.check_flags(cfg)
     models.check("teacher", cfg.teacher, cfg.teacher_weights)
     models.check("student", cfg.student, cfg.student_weights)
     if cfg.kernels == "on" and blocks.unavailable():

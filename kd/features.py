@@ -31,20 +31,25 @@ def width(model: nn.Module) -> int:
 
 
 @torch.no_grad()
-def check(role: str, model: nn.Module, method: str, size: int) -> None:
+def refuse_without(role: str, model: nn.Module, method: str, size: int) -> None:
     """Raise BadInput for a model whose logits are not a linear function of pooled features.
 
     role: "teacher" or "student", to name the flag. Leaves the model in eval mode.
     """
     model.eval()
-    x = next(model.parameters()).new_zeros(1, 3, size, size)
+    parameter = next(model.parameters())
+    picture = torch.linspace(-2, 2, 3 * size * size, device=parameter.device).view(1, 3, size, size)
+    reason = "its logits are not a linear function of them"
     try:
         timm_model: Any = model
-        linear = isinstance(timm_model.get_classifier(), nn.Linear)
-        outputs = logits_and_features(model, x)
-        same = linear and torch.allclose(outputs[:, :-width(model)], model(x), rtol=1e-3, atol=1e-4)
-        reason = "its logits are not a linear function of them"
-    except (AttributeError, RuntimeError, TypeError) as error:     # each architecture has its own way
+        classifier = timm_model.get_classifier()
+        same = isinstance(classifier, nn.Linear) and classifier.bias is not None
+        if same:
+            outputs = logits_and_features(model, picture)
+            same = torch.allclose(outputs[:, :-width(model)], model(picture), rtol=1e-3, atol=1e-4)
+    except (torch.OutOfMemoryError, torch.AcceleratorError):        # the model is not to blame
+        raise
+    except Exception as error:  # each architecture has its own way
         same, reason = False, one_line(error)
     if not same:
         name = declared(model)["architecture"]
@@ -57,7 +62,7 @@ def check(role: str, model: nn.Module, method: str, size: int) -> None:
 class ReusedHead(nn.Module):
     """A linear map from the student's features to the teacher's, and the teacher's frozen classifier behind it.
 
-    Chen et al. 2022 (SimKD), arXiv:2203.14001. Both are linear, so `merge_head` makes one layer of them.
+    Chen et al. 2022 (SimKD), arXiv:2203.14001. Here both are linear, so `merge_head` makes one layer of them.
     """
 
     def __init__(self, student_width: int, classifier: nn.Linear) -> None:
@@ -77,7 +82,7 @@ def reuse_head(student: nn.Module, teacher: nn.Module) -> None:
     timm_teacher: Any = teacher
     own: nn.Linear = timm_student.get_classifier()
     head = ReusedHead(own.in_features, timm_teacher.get_classifier()).to(own.weight.device)
-    student.set_submodule(declared(student)["classifier"], head)
+    _replace(student, own, head)
 
 
 @torch.no_grad()
@@ -90,8 +95,15 @@ def merge_head(model: nn.Module) -> None:
     head = timm_model.get_classifier()
     if not isinstance(head, ReusedHead):
         return
-    projector, classifier = head.projector, head.classifier
-    merged = nn.Linear(projector.in_features, classifier.out_features).to(projector.weight.device)
-    merged.weight.copy_(classifier.weight.double() @ projector.weight.double())
-    merged.bias.copy_(classifier.weight.double() @ projector.bias.double() + classifier.bias.double())
-    model.set_submodule(declared(model)["classifier"], merged)
+    weight, bias = (values.cpu().double() for values in (head.projector.weight, head.projector.bias))
+    outer, outer_bias = (values.cpu().double() for values in (head.classifier.weight, head.classifier.bias))
+    merged = nn.Linear(weight.shape[1], len(outer))
+    merged.weight.copy_(outer @ weight)
+    merged.bias.copy_(outer @ bias + outer_bias)
+    _replace(model, head, merged.to(head.projector.weight.device))
+
+
+def _replace(model: nn.Module, part: nn.Module, new: nn.Module) -> None:
+    """Put `new` in the place of `part`, in place. Not every model of timm declares the name of its classifier."""
+    name, = (name for name, module in model.named_modules() if module is part)
+    model.set_submodule(name, new)

@@ -103,14 +103,14 @@ def choose(loss: str, device: torch.device, temperature: float, kd_weight: float
     Raises BadInput where "fused" cannot be had, `loss` is unknown, or the method says nothing about so
     few classes.
     """
+    if loss not in ("auto", "reference", "fused"):
+        raise BadInput(f"--loss {loss}: must be auto, reference or fused")
     if kd_weight and (standardised or method != "kd"):
         from kd import methods              # here and not at the top, because that file imports `kd_loss`
         methods.check_classes(method, standardised, num_classes)
         name = f"{method}, standardised" if standardised else method
         return partial(methods.method_loss, method=method, classes=num_classes, temperature=temperature,
                        kd_weight=kd_weight, label_smoothing=label_smoothing, standardised=standardised), name
-    if loss not in ("auto", "reference", "fused"):
-        raise BadInput(f"--loss {loss}: must be auto, reference or fused")
     if loss == "fused" and soft_labels:
         raise BadInput("--loss fused: takes class labels only, not the probabilities of mixup; "
                        "use --loss auto or reference")

@@ -2,21 +2,23 @@
 
     loss = (1 − λ)·CE(student, labels) + λ·method(student, teacher, labels, T)
 
-A method is a function of these four. It returns the mean over the rows of the batch, a scalar.
+A method is a function of these four. It returns a scalar, the mean over the rows of the batch.
 
     student, teacher    logits `(B, C)`, or for the methods in ON_FEATURES pooled features `(B, D)`;
                         float32 or float64. The teacher's have no gradient
     labels              `(B,)` int64; only the methods in NEEDS_LABELS read them
-    temperature         T > 0; only the methods that soften logits read it
+    temperature         T > 0; only the methods in TEMPERED read it
 
-The papers add the method to a whole CE: CE + w·method. Half of both, λ = 0.5, is the same loss but for
-its scale, to which AdamW is blind. So a default below is the paper's w, and λ = 0.5 its proportion.
+The papers of dkd, nkd, dist, pkt and rkd add the method to a whole CE: CE + w·method. At λ = 0.5 the loss
+is half of that. AdamW does not see a factor of the whole loss, and --clip, the largest norm of a
+gradient, does. A default below is the paper's w. To try another, change the default.
 
-Where rows meet (the columns of `dist`, `pkt`, `rkd`), a batch is what one rank computes at a time: its
-own rows, and of these one part of --accumulate. So these three methods, and only they, give another
-loss on two ranks than on one.
+Three methods compare the pictures of a batch with each other: `dist` in its columns, `pkt` and `rkd`.
+They see the pictures that a rank computes at a time: its share of the batch, and of this one part of
+--accumulate. So only these three give another loss on two ranks than on one.
 
-A new method is a function here, its name in METHODS, and its name in --method (`train.py`).
+A new method is a function here, its name in METHODS, and its name in --method (`train.py`). It belongs
+into the sets below METHODS if it compares features, or reads labels or T.
 """
 
 import math
@@ -26,7 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kd import BadInput, features
+from kd import BadInput, cli, features
+from kd.augmentations import AUGMENTATIONS
 from kd.losses import kd_loss
 
 # ---- on logits ----------------------------------------------------------------------------------------
@@ -35,8 +38,8 @@ from kd.losses import kd_loss
 def kd(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
     """T²·KL(p‖q), where p = softmax(teacher / T) and q = softmax(student / T).
 
-    Hinton, Vinyals & Dean 2015, arXiv:1503.02531. Its minimum is 0, at equal logits. A run with
-    --method kd takes `kd/losses.py` instead, whose fused loss is faster; this one serves --standardise.
+    Hinton, Vinyals & Dean 2015, arXiv:1503.02531. Its minimum is 0, at equal logits. This function serves
+    --standardise. Without it, --method kd goes through `losses.choose` to the fused loss, which is faster.
     """
     return kd_loss(student, teacher, labels, temperature, kd_weight=1.0)
 
@@ -45,8 +48,9 @@ def hard(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -
     """CE(student, argmax teacher): the teacher's answer without its doubts. T is not read.
 
     Touvron et al. 2021 (DeiT), arXiv:2012.12877, equation 3: λ = 0.5. Its infimum is 0, where the
-    student is certain of the teacher's class. The authors' code divides the *soft* loss, with which the
-    paper compares this one, by the number of classes as well.
+    student is certain of the teacher's class. DeiT gives this loss to a second classifier, on a token of its
+    own; here there is one. The authors' code divides the *soft* loss, with which the paper compares this
+    one, by the number of classes as well.
     """
     return F.cross_entropy(student, teacher.argmax(dim=1))
 
@@ -61,7 +65,7 @@ def dkd(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, al
 
     Zhao et al. 2022, arXiv:2203.08679, equation 7. Its minimum is 0, at equal logits. α = 1 and β = 8 are
     theirs for CIFAR-100; they choose β for each pair of models. Their code also multiplies by
-    min(epoch / 20, 1), and writes −1000 where the label's class is left out: here it is −inf.
+    min(epoch / 20, 1), and subtracts 1000 from the logit of the class that is left out: here it is −inf.
     """
     t, s = teacher / temperature, student / temperature
     tckd = _kl(_label_against_others(t, labels), _label_against_others(s, labels))
@@ -74,8 +78,8 @@ def nkd(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, ga
 
     Yang et al. 2023, arXiv:2303.13005, without its CE. Both terms are cross-entropies. The
     second is least where p̂ = q̂: it is then γ·T² times the entropy of p̂. The first only falls as q_y
-    rises, so the gradient is not 0 at equal logits. γ = 1.5 and T = 1 are theirs for ImageNet. Their code
-    takes softmax and log one after the other, which gave others NaN.
+    rises, so the gradient is not 0 at equal logits. γ = 1.5 and T = 1 are theirs for ImageNet. Their first
+    code took softmax and log one after the other, which is −inf where a probability underflows.
     """
     p_label = teacher.softmax(dim=1).gather(1, labels[:, None])
     target = (p_label * student.log_softmax(dim=1).gather(1, labels[:, None])).sum(dim=1)
@@ -90,10 +94,11 @@ def dist(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, b
     """β·mean_rows(1 − ρ(p_i, q_i)) + γ·mean_columns(1 − ρ(p_{:c}, q_{:c})), ρ is Pearson's correlation.
 
     Huang et al. 2022, arXiv:2205.10536. A row is one picture over the classes, a column
-    one class over the pictures of the batch. Its minimum is 0, at equal logits, if no row or column is
-    constant: there ρ counts as 0. With two classes a row of probabilities is a line, so its ρ is ±1 and
-    only the columns teach. Their code multiplies by T². The paper does not, and a correlation does not
-    shrink as T grows.
+    one class over the pictures of the batch. Its minimum is 0, at equal logits, but for rows and columns
+    that are nearly constant: their ρ counts as 0, by the 1e-8 that the authors' code adds to the product of
+    the norms. With two classes ρ of a row is ±1, so only the columns teach. T = 1 is theirs for ImageNet,
+    4 for CIFAR. Their code multiplies by T². The paper does not, and a correlation does not shrink as T
+    grows.
     """
     p, q = (teacher / temperature).softmax(dim=1), (student / temperature).softmax(dim=1)
     rows, columns = _correlation(p, q), _correlation(p.T, q.T)
@@ -120,12 +125,14 @@ def pkt(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float,
 
 def rkd(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, distances: float = 25.0,
         angles: float = 50.0) -> Tensor:
-    """25·mean_{i<j} huber(d_ij / mean d) + 50·mean_{ijk} huber(cos∠ijk), each of student − teacher.
+    """25·mean_{i<j} huber(d_ij − d'_ij) + 50·mean_{ijk} huber(a_ijk − a'_ijk), the dash is the teacher's.
 
-    Park et al. 2019, arXiv:1904.05068, with their weights for classification. Its minimum
-    is 0, at equal features. The width of the student's features may differ. The means are over pairs and
-    triples of different pictures; the authors' code divides by all B² and B³. It needs memory for B²·D
-    numbers: fine for 32 pictures of 1280 features (5 MB), not for 1024.
+        d_ij = ‖h_i − h_j‖ / their mean over all pairs      a_ijk = cosine of the angle at h_j
+
+    Park et al. 2019, arXiv:1904.05068, with their weights for classification. Its minimum is 0, at equal
+    features. The width of the student's features may differ. The paper sums; the means here are over pairs
+    and triples of different pictures, and those of the authors' code over all B² and B³. It needs memory
+    for B²·D numbers: 5 MB for 32 pictures of 1280 features, 5 GB for 1024.
     """
     rows = len(student)
     pairs, triples = max(math.comb(rows, 2), 1), max(rows * (rows - 1) * (rows - 2), 1)
@@ -137,9 +144,10 @@ def rkd(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, di
 def simkd(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
     """mean (P(h_s) − h_t)²: the student learns the teacher's features and takes over its classifier.
 
-    Chen et al. 2022, arXiv:2203.14001, where λ = 1. Its minimum is 0, at equal features. Their P is
-    three convolutions before the pooling, which stay in the student. Here P is linear and comes after it,
-    so P and the teacher's classifier become one linear layer (`kd/features.py`).
+    Chen et al. 2022 (SimKD), arXiv:2203.14001, where λ = 1. Its minimum is 0, at equal features. Theirs
+    compares feature maps before the pooling, and P is three convolutions with BatchNorm and ReLU, which
+    stay in the student. Here the features are pooled and P is linear. So P and the teacher's classifier
+    become one layer (`kd/features.py`), and the student is no larger than without a teacher.
     """
     return F.mse_loss(student, teacher)
 
@@ -148,7 +156,9 @@ Method = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 METHODS: dict[str, Method] = {method.__name__: method for method in (kd, hard, dkd, dist, nkd, pkt, rkd, simkd)}
 ON_FEATURES = {"pkt", "rkd", "simkd"}
 NEEDS_LABELS = {"dkd", "nkd"}
-SOFTENED = ("kd", "dkd", "dist", "nkd")         # they have a temperature, and may be standardised
+TEMPERED = {"kd", "dkd", "dist", "nkd"}
+# The first term of nkd, at T = 1, asks for a certainty that standardised logits cannot have.
+STANDARDISABLE = TEMPERED - {"nkd"}
 
 
 # ---- a pre-process of logits --------------------------------------------------------------------------
@@ -179,7 +189,7 @@ def method_loss(student_outputs: Tensor, teacher_outputs: Tensor, labels: Tensor
                         probabilities
     classes             C
 
-    Computed in float32 whatever the outputs' precision; float64 stays float64.
+    Outputs in half precision are upcast to float32 first; float64 stays float64.
     """
     s = student_outputs.to(torch.promote_types(student_outputs.dtype, torch.float32))
     t = teacher_outputs.detach().to(s.dtype)
@@ -194,14 +204,15 @@ def method_loss(student_outputs: Tensor, teacher_outputs: Tensor, labels: Tensor
     return loss + kd_weight * METHODS[method](s, t, labels, temperature)
 
 
-def check(cfg: Any) -> None:
+def check_flags(cfg: Any) -> None:
     """Raise BadInput for flags of a run that do not go with its --method or --standardise."""
     if not cfg.kd_weight:
         return                                  # nothing is learned from the teacher
     method = cfg.method
     name = "--standardise" if cfg.standardise else f"--method {method}"
-    if cfg.standardise and method not in SOFTENED:
-        raise BadInput(f"--standardise: {method} has no temperature; it goes with --method {', '.join(SOFTENED)}")
+    if cfg.standardise and method not in STANDARDISABLE:
+        raise BadInput(f"--standardise: does not go with --method {method}, only with "
+                       f"{', '.join(name for name in METHODS if name in STANDARDISABLE)}")
     if cfg.topk and (cfg.standardise or method not in ("kd", "hard")):
         raise BadInput(f"--topk {cfg.topk}: {name} needs all of the teacher's outputs; leave it out")
     if cfg.loss == "fused" and (cfg.standardise or method != "kd"):
@@ -209,19 +220,23 @@ def check(cfg: Any) -> None:
     if method in NEEDS_LABELS and (cfg.labels or cfg.unlabelled):
         raise BadInput(f"--method {method}: needs the label of every picture, which --labels and --unlabelled do not "
                        f"give; use another method")
-    if method in NEEDS_LABELS and cfg.augment == "mixup":
+    if method in NEEDS_LABELS and AUGMENTATIONS[cfg.augment].mixup:
         raise BadInput(f"--method {method}: needs one label for each picture, and mixup gives two; use another "
                        f"--augment")
-    if method in ("pkt", "rkd") and cfg.kd_weight == 1:
+    if method in ON_FEATURES - {"simkd"} and cfg.kd_weight == 1:
         raise BadInput(f"--kd-weight 1: --method {method} compares features only, so nothing would train the "
                        f"student's classifier; give less, such as 0.5")
+    rows = cfg.batch_size // (cli.ranks() * cfg.accumulate)
+    if method in ("pkt", "rkd") and rows < 3:
+        raise BadInput(f"--batch-size {cfg.batch_size}: --method {method} compares the pictures that are computed at "
+                       f"a time with each other, here {rows}; give enough for 3")
 
 
-def check_models(method: str, teacher: nn.Module, student: nn.Module, size: int) -> None:
-    """Raise BadInput where `method` compares pooled features and a model has none."""
-    if method in ON_FEATURES:
-        features.check("teacher", teacher, method, size)
-        features.check("student", student, method, size)
+def check_models(cfg: Any, teacher: nn.Module, student: nn.Module) -> None:
+    """Raise BadInput where the method compares pooled features and a model has none."""
+    if cfg.kd_weight and cfg.method in ON_FEATURES:
+        features.refuse_without("teacher", teacher, cfg.method, cfg.size)
+        features.refuse_without("student", student, cfg.method, cfg.size)
 
 
 def check_classes(method: str, standardised: bool, classes: int) -> None:
@@ -246,7 +261,8 @@ def _label_against_others(logits: Tensor, labels: Tensor) -> Tensor:
     """log [p_y, 1 − p_y] of each row, `(B, 2)`."""
     log_p = logits.log_softmax(dim=1)
     label = F.one_hot(labels, logits.shape[1]).bool()
-    return torch.stack([log_p[label], log_p.masked_fill(label, -math.inf).logsumexp(dim=1)], dim=1)
+    of_label = log_p.gather(1, labels[:, None]).squeeze(1)
+    return torch.stack([of_label, log_p.masked_fill(label, -math.inf).logsumexp(dim=1)], dim=1)
 
 
 def _among_others(logits: Tensor, labels: Tensor) -> Tensor:
@@ -256,8 +272,9 @@ def _among_others(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Pearson's correlation of each row of `a` with that of `b`, `(rows,)`; 0 for a constant row."""
-    return F.cosine_similarity(a - a.mean(dim=1, keepdim=True), b - b.mean(dim=1, keepdim=True), dim=1)
+    """Pearson's correlation of each row of `a` with that of `b`, `(rows,)`; nearly 0 for a nearly constant row."""
+    a, b = a - a.mean(dim=1, keepdim=True), b - b.mean(dim=1, keepdim=True)
+    return (a * b).sum(dim=1) / (a.norm(dim=1) * b.norm(dim=1) + 1e-8)
 
 
 def _neighbours(h: Tensor) -> Tensor:
@@ -275,5 +292,8 @@ def _distances(h: Tensor) -> Tensor:
 
 def _angles(h: Tensor) -> Tensor:
     """Cosines of the angles at j between the rows i and k, `(B, B, B)` by [j, i, k]; 0 where i or k is j."""
-    towards = F.normalize(h[None] - h[:, None], dim=2)
+    towards = h[None] - h[:, None]                  # [j, i]: from j to i
+    lengths = towards.norm(dim=2, keepdim=True)
+    # Two pictures with almost the same features have no direction. A unit vector's gradient would be huge.
+    towards = towards / lengths.clamp(min=1e-3 * lengths.detach().mean() + 1e-12)
     return towards @ towards.transpose(1, 2)

@@ -90,10 +90,11 @@ class Run:
     """One run, in `out`. Every rank has one; only rank 0 writes."""
 
     def __init__(self, out: Path, settings: Mapping[str, Any], free: set[str], save_minutes: float = 10.0,
-                 resume: bool = False, overwrite: bool = False) -> None:
+                 resume: bool = False, overwrite: bool = False, defaults: Mapping[str, Any] = {}) -> None:
         """Open the folder of a run. `stop.install()` then lets signals stop it.
 
         settings: recorded and compared, never interpreted; `free` names those that a resumed run may change.
+        defaults: what a setting was in a run that is older than the setting.
         overwrite: replace the run in the folder; `write_config` does so, and until then the folder stays as it is.
         Raises BadInput where the folder holds another run, something else, or a run with other settings.
         """
@@ -101,7 +102,7 @@ class Run:
         self.commit = runtime.commit()      # of the code that runs, read before anybody changes it
         restarted = bool(distributed.max_over_ranks(distributed.restarted())[0])
         opened = distributed.broadcast_from_rank0(
-            lambda: open_folder(out, settings, free, resume, overwrite, restarted))
+            lambda: open_folder(out, settings, free, resume, overwrite, restarted, defaults))
         self._replaces = opened.replaces
         self.finished = opened.finished     # the result of a run that has nothing left to do, else None
 
@@ -305,7 +306,7 @@ class Opened(NamedTuple):
 
 
 def open_folder(out: Path, settings: Mapping[str, Any], free: set[str], resume: bool, overwrite: bool,
-                restarted: bool = False) -> Opened:
+                restarted: bool = False, defaults: Mapping[str, Any] = {}) -> Opened:
     """Make the folder of a run, if need be, and read the run in it under `resume`. Nothing of a run is removed.
 
     restarted: torchrun has started the ranks again, so that the run that they began goes on.
@@ -327,7 +328,7 @@ def open_folder(out: Path, settings: Mapping[str, Any], free: set[str], resume: 
         out.mkdir(parents=True, exist_ok=True)
         sweep(out)
         if holds_run and resume:
-            _check_settings(json.loads(record.read_text("utf-8")), settings, free)
+            _check_settings({**defaults, **json.loads(record.read_text("utf-8"))}, settings, free)
             saved = checkpoint.load(out / "last.ckpt")
             return Opened(saved, read_finished(out, saved), replaces=False)
         if holds_run and torch.distributed.is_torchelastic_launched():
@@ -367,10 +368,8 @@ def remove_run(out: Path) -> None:
 
 
 def _check_settings(before: dict[str, Any], settings: Mapping[str, Any], free: set[str]) -> None:
-    # a flag that is newer than the run was off, or empty
-    old = {name: before.get(name, type(value)()) for name, value in settings.items()}
-    changed = [f"--{name.replace('_', '-')} {value} (was {old[name]})" for name, value in settings.items()
-               if name not in free and old[name] != value]
+    changed = [f"--{name.replace('_', '-')} {value} (was {before.get(name)})" for name, value in settings.items()
+               if name not in free and before.get(name) != value]
     if changed:
         raise BadInput(f"--resume: another setting makes another run: {', '.join(changed)}")
 

@@ -3,9 +3,8 @@
     python -m results.arms keep RUN FOLDER      keep what the tables need of a run, as FOLDER/result.json
     python -m results.arms                      print the tables and draw the figures anew
 
-A run keeps megabytes where there are 101 classes. What is kept here is its result without
-its confusion matrices, and for each role which pictures of validation and test it had right. That is a bit a picture, in
-the order of the data set, written in hexadecimal digits.
+A run keeps megabytes where there are 101 classes. What is kept here is its result without its confusion matrices, and
+for each role which pictures of validation and test it had right: a bit for each picture, in the order of the data set.
 """
 
 import json

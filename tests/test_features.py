@@ -45,7 +45,19 @@ def test_a_folded_teacher_has_the_same_features():
 @pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "levit_128s"])
 def test_a_model_without_one_linear_classifier_is_refused(name):
     with pytest.raises(BadInput, match=f"^--teacher {name}: has no pooled features for --method pkt"):
-        features.check("teacher", timm.create_model(name, num_classes=4), "pkt", 224)
+        features.refuse_without("teacher", timm.create_model(name, num_classes=4), "pkt", 224)
+
+
+def test_logits_that_are_not_made_of_the_pooled_features_are_seen():
+    one = model("test_resnet")
+    plain = one.forward_head
+    one.forward_head = lambda x, pre_logits=False: plain(x, pre_logits) * (2 if pre_logits else 1)
+    with pytest.raises(BadInput, match="its logits are not a linear function of them"):
+        features.refuse_without("student", one, "pkt", 64)
+    one.fc = torch.nn.Linear(width(one), 4, bias=False)
+    one.forward_head = plain
+    with pytest.raises(BadInput, match="its logits are not a linear function of them"):
+        features.refuse_without("student", one, "simkd", 64)
 
 
 def test_a_method_on_features_refuses_such_a_model_before_it_trains(tiny):
@@ -56,6 +68,7 @@ def test_a_method_on_features_refuses_such_a_model_before_it_trains(tiny):
 def test_the_merged_head_gives_the_same_logits_and_is_what_timm_builds():
     student, teacher, x = model("test_efficientnet"), model("test_resnet", seed=1), torch.randn(3, 3, 64, 64)
     plain = models.parameters(student)
+    student.pretrained_cfg["classifier"] = None     # as of a model that was registered without a record
     reuse_head(student, teacher)
     head = student.get_classifier()
     assert isinstance(head, ReusedHead) and head.projector.weight.shape == (width(teacher), 256)

@@ -125,7 +125,9 @@ def test_each_method_is_its_formula(name, T):
     student, teacher, labels = case()
     expected = globals()[f"numpy_{name}"](student.numpy(), teacher.numpy(), labels.numpy(), T)
     assert expected > 0.01
-    assert METHODS[name](student, teacher, labels, T).item() == pytest.approx(expected, rel=1e-10)
+    # the 1e-8 beside dist's norms
+    assert METHODS[name](student, teacher, labels, T).item() == pytest.approx(expected, rel=1e-6 if name == "dist"
+                                                                              else 1e-10)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -140,7 +142,7 @@ def test_each_gradient_is_that_of_its_value(name):
 def test_the_minimum_is_0_where_student_and_teacher_are_equal(name):
     _, teacher, labels = case()
     loss, gradient = loss_and_gradient(METHODS[name], teacher.clone(), teacher, labels, 2.0)
-    assert abs(loss) < 1e-7 and gradient.abs().max() < 1e-6
+    assert abs(loss) < 1e-6 and gradient.abs().max() < 1e-6
     nearby = teacher + 1e-2 * case(seed=1)[0]
     assert METHODS[name](nearby, teacher, labels, 2.0) > 1e-7
 
@@ -182,8 +184,8 @@ def test_the_two_parts_of_dkd_make_up_the_kl(seed, T, columns):
 def test_correlations_do_not_see_the_scale_and_the_shift_of_a_row_of_probabilities(seed, scale, shift):
     p, q = (z.softmax(1) for z in case(seed=seed)[:2])
     expected = methods._correlation(p, q)
-    torch.testing.assert_close(methods._correlation(p, scale * q + shift), expected, rtol=1e-7, atol=1e-9)
-    torch.testing.assert_close(methods._correlation(scale * p + shift, q), expected, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(methods._correlation(p, scale * q + shift), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(methods._correlation(scale * p + shift, q), expected, rtol=1e-4, atol=1e-5)
 
 
 @settings(deadline=None, derandomize=True, max_examples=50)
@@ -200,7 +202,7 @@ def test_a_batch_that_is_given_twice_has_the_same_loss_where_rows_do_not_meet(na
     student, teacher, labels = case()
     once = METHODS[name](student, teacher, labels, 2.0).item()
     twice = METHODS[name](torch.cat([student] * 2), torch.cat([teacher] * 2), torch.cat([labels] * 2), 2.0).item()
-    same = twice == pytest.approx(once, rel=1e-12)
+    same = twice == pytest.approx(once, rel=1e-6)
     assert same == (name not in ("pkt", "rkd"))     # a column of `dist` given twice has the same correlation
 
 
@@ -245,28 +247,42 @@ def test_constant_rows_and_columns_give_finite_losses_and_gradients(name, studen
     assert standardise(torch.ones(2, 5)).eq(0).all()
 
 
+def test_two_pictures_with_the_same_features_do_not_blow_up_the_gradient_of_rkd():
+    student, teacher, labels = case(8, 5)
+    student[1] = student[0]
+    for twin in (teacher, torch.cat([teacher[:1], teacher[:1] + 1e-7, teacher[2:]])):
+        loss, gradient = loss_and_gradient(methods.rkd, student, twin, labels, 1.0)
+        assert gradient.norm() < 1e3
+
+
 def test_a_constant_row_or_column_has_no_correlation():
     _, teacher, labels = case()
     assert methods.dist(torch.zeros_like(teacher), teacher, labels, 1.0).item() == pytest.approx(4, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_two_pictures_are_enough(name):
-    student, teacher, labels = case(2)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_short_last_batch_gives_a_finite_loss(name, rows):
+    """Of two pictures, pkt and rkd have nothing to compare: the loss is 0."""
+    student, teacher, labels = case(rows)
     loss, gradient = loss_and_gradient(METHODS[name], student, teacher, labels, 2.0)
     assert loss.isfinite() and gradient.isfinite().all() and loss >= -1e-9
+    if name in ("pkt", "rkd"):
+        assert loss < 1e-20 and gradient.abs().max() < 1e-10
 
 
 def test_with_two_classes_dist_is_exact_and_dkd_nkd_and_standardise_are_refused():
     student, teacher, labels = case(6, 2)
     expected = numpy_dist(student.numpy(), teacher.numpy(), labels.numpy(), 1.0)
-    assert methods.dist(student, teacher, labels, 1.0).item() == pytest.approx(expected, rel=1e-9)
+    assert methods.dist(student, teacher, labels, 1.0).item() == pytest.approx(expected, rel=1e-6)
     choose = partial(losses.choose, "auto", torch.device("cpu"), 1.0, 0.5, 2, False, True)
     for name in methods.NEEDS_LABELS:
         with pytest.raises(BadInput, match=f"^--method {name}: compares the classes that are not the label's"):
             choose(method=name)
     with pytest.raises(BadInput, match="^--standardise: of 2 standardised logits only their order is left"):
         choose(standardised=True)
+    with pytest.raises(BadInput, match="^--loss nonsense"):
+        losses.choose("nonsense", torch.device("cpu"), 1.0, 0.5, 5, False, True, method="dist")
 
 
 # ---- the loss of a run ---------------------------------------------------------------------------------
@@ -328,7 +344,9 @@ def test_the_flag_names_every_method():
 
 @pytest.mark.parametrize("flags, line", [
     (dict(method="dkdd"), "--method dkdd: not one of its values; did you mean dkd"),
-    (dict(method="pkt", standardise=True), "--standardise: pkt has no temperature; it goes with --method kd, dkd"),
+    (dict(method="pkt", standardise=True), "--standardise: does not go with --method pkt, only with kd, dkd, dist"),
+    (dict(method="nkd", standardise=True), "--standardise: does not go with --method nkd, only with kd, dkd, dist"),
+    (dict(method="pkt", batch_size=2), "--batch-size 2: --method pkt compares the pictures"),
     (dict(method="dist", topk=2), "--topk 2: --method dist needs all of the teacher's outputs"),
     (dict(standardise=True, topk=2), "--topk 2: --standardise needs all of the teacher's outputs"),
     (dict(method="simkd", loss="fused"), "--loss fused: --method simkd has no fused loss; use --loss auto"),

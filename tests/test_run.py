@@ -187,6 +187,14 @@ def test_a_kill_while_the_old_run_is_removed_leaves_no_half_of_it(tmp_path, monk
     assert set(digests(out)) == {"config.json", "notes.txt"}
 
 
+def test_a_flag_that_is_newer_than_the_run_had_its_default(tmp_path):
+    Run(tmp_path / "run", {"lr": 1.0}, set()).write_config()
+    newer = {"lr": 1.0, "method": "kd"}
+    Run(tmp_path / "run", newer, set(), resume=True, defaults={"lr": 2.0, "method": "kd"})
+    with pytest.raises(BadInput, match=r"--method dkd \(was kd\)"):
+        Run(tmp_path / "run", {**newer, "method": "dkd"}, set(), resume=True, defaults=newer)
+
+
 def test_ranks_that_are_restarted_resume_the_new_run_never_the_old_one(tmp_path, monkeypatch):
     out = finished_run(tmp_path / "run")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")

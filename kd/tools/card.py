@@ -8,6 +8,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from kd.cli import base_name
 from kd.data.sources import hub_id
+from kd.methods import TEMPERED
 from kd.models import timm_name
 
 DESCRIPTIONS = {
@@ -147,7 +148,7 @@ def _recipe(role: str, settings: Mapping[str, Any], best_epoch: int) -> str:
 
 def _method(settings: Mapping[str, Any]) -> str:
     """What the student learned of its teacher, with its temperature."""
-    temperature = f", T = {settings['temperature']:g}"
+    temperature = f", T = {settings['temperature']:g}" if settings["method"] in TEMPERED else ""
     standardised = " of standardised logits" if settings["standardise"] else ""
     if settings["method"] == "kd":
         return f"T²·KL(teacher‖student){standardised}{temperature}"
