@@ -40,13 +40,6 @@ def test_a_run_is_never_overwritten_by_accident(tmp_path):
         open_folder(out, {"lr": 2.0, "out": "a"}, resume=True)
 
 
-def test_a_flag_that_is_newer_than_the_run_was_off_or_empty(tmp_path):
-    open_folder(tmp_path / "run", {"lr": 1.0})
-    open_folder(tmp_path / "run", {"lr": 1.0, "config": "", "follow_links": False}, resume=True)
-    with pytest.raises(BadInput, match=r"another run: --label fine \(was \)$"):
-        open_folder(tmp_path / "run", {"lr": 1.0, "config": "", "follow_links": False, "label": "fine"}, resume=True)
-
-
 @pytest.mark.parametrize("stranger", ["thesis.tex", "config.json, model.safetensors"])
 def test_what_is_not_a_run_is_not_overwritten(tmp_path, stranger):
     for name in stranger.split(", "):
