@@ -76,10 +76,10 @@ def dkd(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, al
 def nkd(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, gamma: float = 1.5) -> Tensor:
     """−p_y·log q_y − γ·T²·Σ_{c≠y} p̂_c·log q̂_c; p_y and q_y are taken at T = 1, p̂ and q̂ (see `dkd`) at T.
 
-    Yang et al. 2023, arXiv:2303.13005, without its CE. Both terms are cross-entropies. The
-    second is least where p̂ = q̂: it is then γ·T² times the entropy of p̂. The first only falls as q_y
-    rises, so the gradient is not 0 at equal logits. γ = 1.5 and T = 1 are theirs for ImageNet. Their first
-    code took softmax and log one after the other, which is −inf where a probability underflows.
+    Yang et al. 2023, arXiv:2303.13005, without its CE. Both terms are cross-entropies. The second is least
+    where p̂ = q̂: it is then γ·T² times the entropy of p̂. The first only falls as q_y rises, so the gradient
+    is not 0 at equal logits. γ = 1.5 and T = 1 are theirs for ImageNet. Their first code took softmax and
+    log one after the other, which gives −inf where a probability underflows.
     """
     p_label = teacher.softmax(dim=1).gather(1, labels[:, None])
     target = (p_label * student.log_softmax(dim=1).gather(1, labels[:, None])).sum(dim=1)
@@ -93,12 +93,11 @@ def dist(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, b
          gamma: float = 2.0) -> Tensor:
     """β·mean_rows(1 − ρ(p_i, q_i)) + γ·mean_columns(1 − ρ(p_{:c}, q_{:c})), ρ is Pearson's correlation.
 
-    Huang et al. 2022, arXiv:2205.10536. A row is one picture over the classes, a column
-    one class over the pictures of the batch. Its minimum is 0, at equal logits, but for rows and columns
-    that are nearly constant: their ρ counts as 0, by the 1e-8 that the authors' code adds to the product of
-    the norms. With two classes ρ of a row is ±1, so only the columns teach. T = 1 is theirs for ImageNet,
-    4 for CIFAR. Their code multiplies by T². The paper does not, and a correlation does not shrink as T
-    grows.
+    Huang et al. 2022, arXiv:2205.10536. A row is one picture over the classes, a column one class over the
+    pictures of the batch. Its minimum is 0, at equal logits, but for rows and columns that are nearly
+    constant: their ρ counts as 0, by the 1e-8 that the authors' code adds to the product of the norms. With
+    two classes ρ of a row is ±1, so only the columns teach. T = 1 is theirs for ImageNet, 4 for CIFAR.
+    Their code multiplies by T². The paper does not, and a correlation does not shrink as T grows.
     """
     p, q = (teacher / temperature).softmax(dim=1), (student / temperature).softmax(dim=1)
     rows, columns = _correlation(p, q), _correlation(p.T, q.T)
@@ -114,10 +113,10 @@ def pkt(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float,
 
         K_ij = (1 + cos(h_i, h_j)) / 2          p_{j|i} = K_ij / Σ_{k≠i} K_ik,  j ≠ i
 
-    Passalis & Tefas 2018, arXiv:1803.10837. Its minimum is 0, at equal features. The
-    width of the student's features may differ. The weight is RepDistiller's: it multiplies a mean over
-    all B² pairs by 30,000, which for its batch of 64 is 469 times this mean over rows. The authors' code
-    counts a picture among its own neighbours.
+    Passalis & Tefas 2018, arXiv:1803.10837. Its minimum is 0, at equal features. The width of the student's
+    features may differ. The weight is RepDistiller's: it multiplies a mean over all B² pairs by 30,000,
+    which for its batch of 64 is 469 times this mean over rows. The authors' code counts a picture among its
+    own neighbours.
     """
     p, q = _neighbours(teacher), _neighbours(student)
     return weight * _kl(p.log(), q.clamp(min=1e-7).log()).mean()
@@ -125,7 +124,7 @@ def pkt(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float,
 
 def rkd(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, distances: float = 25.0,
         angles: float = 50.0) -> Tensor:
-    """25·mean_{i<j} huber(d_ij − d'_ij) + 50·mean_{ijk} huber(a_ijk − a'_ijk), the dash is the teacher's.
+    """25·mean_{i<j} huber(d_ij − d′_ij) + 50·mean_{ijk} huber(a_ijk − a′_ijk), a prime marks the teacher's.
 
         d_ij = ‖h_i − h_j‖ / their mean over all pairs      a_ijk = cosine of the angle at h_j
 
@@ -167,9 +166,9 @@ STANDARDISABLE = TEMPERED - {"nkd"}
 def standardise(logits: Tensor) -> Tensor:
     """Each row minus its mean, divided by its standard deviation; `(B, C)`, finite.
 
-    Sun et al. 2024, arXiv:2403.01427: only the relations of the logits are learned, not their
-    size. A row a·z + b with a > 0 gives what z gives. A constant row gives zeros. As in the paper, the
-    deviation is that of the population; their code divides by C − 1.
+    Sun et al. 2024, arXiv:2403.01427: only the relations of the logits are learned, not their size. A row
+    a·z + b with a > 0 gives what z gives. A constant row gives zeros. As in the paper, the deviation is
+    that of the population; their code divides by C − 1.
     """
     centred = logits - logits.mean(dim=1, keepdim=True)
     return centred / centred.square().mean(dim=1, keepdim=True).clamp(min=1e-14).sqrt()
