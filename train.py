@@ -56,6 +56,8 @@ class Config:
                        "student learns the other pictures from its teacher only; 0: all labels", low=0)
     unlabelled: str = flag("", "more pictures for the student, without labels: a folder or a data set")
     size: int = flag(224, "side of the square input, in pixels", low=16)
+    teacher_size: int = flag(0, "side of the teacher's input, if it is another one: it then sees the "
+                             "same view with more or fewer pixels", low=0)
     augment: str = flag("none", "what a view may change (flip, crop, mixup: also upside down; "
                         "flip-x, crop-x: mirrored only; crop-only: neither)", tuple(AUGMENTATIONS))
     views: int = flag(1, "K, views of a sample: epoch e uses view e mod K; 0: a fresh one each epoch",
@@ -316,7 +318,7 @@ def fit(job: Job, cfg: Config, run: Run) -> None:
         # ---- validate ----------------------------------------------------------------------------
         guard.check()
         distributed.broadcast_weights(model)                  # with rank 0's BatchNorm statistics
-        logits = predict(model, validation.frames, job.prep, cfg.size, machine,
+        logits = predict(model, validation.frames, job.prep, job.views.size, machine,
                          f"{job.role} validation", run.stop_if_requested)
         result = scores(logits, validation.labels)
 
@@ -325,7 +327,7 @@ def fit(job: Job, cfg: Config, run: Run) -> None:
         if keep:
             position.best, position.best_epoch = result["accuracy"], epoch + 1
             row = {**result, "best_epoch": position.best_epoch}
-            models.save(model, run.out / job.role, job.data.classes, job.prep, cfg.size,
+            models.save(model, run.out / job.role, job.data.classes, job.prep, job.views.size,
                         model_card(cfg, job.role, {job.role: row}))
         entry = epoch_entry(job, position, result, optimizer.param_groups[0]["lr"], guard.skipped)
         print(console.epoch_line(entry, job.epochs, keep), flush=True)
@@ -382,9 +384,10 @@ def main(cfg: Config) -> dict[str, Any]:
     teacher_prep = models.preprocessing(teacher_model)._replace(crop_pct=prep.crop_pct)
     methods.check_models(cfg, teacher_model, student)
 
-    data = teacher_data = decode_for(prep, dataset, cfg, run)
-    if teacher_prep.interpolation != prep.interpolation:
-        teacher_data = decode_for(teacher_prep, dataset, cfg, run)
+    data = teacher_data = decode_for(prep, cfg.size, dataset, cfg, run)
+    teacher_size = cfg.teacher_size or cfg.size
+    if (teacher_prep.interpolation, teacher_size) != (prep.interpolation, cfg.size):
+        teacher_data = decode_for(teacher_prep, teacher_size, dataset, cfg, run)
     # Teacher and control learn from the labelled pictures, the student from all of them.
     usable = few_labels.usable_rows(data)                     # of --unlabelled
     pictures = teacher_pictures = few_labels.by_role(data, cfg.labels, cfg.seed, usable)
@@ -403,19 +406,19 @@ def main(cfg: Config) -> dict[str, Any]:
 
     # ---- 2. The teacher is fine-tuned, by the same loop, on fresh views. --------------------------
     if cfg.teacher_epochs:
-        teacher_views = Views(cfg.seed, cfg.size, AUGMENTATIONS[cfg.teacher_augment], count=0)
+        teacher_views = Views(cfg.seed, teacher_size, AUGMENTATIONS[cfg.teacher_augment], count=0)
         job = Job("teacher", teacher_model, teacher_prep, teacher_pictures.teacher, teacher_views,
                   precision_for(teacher_model, cfg, machine), cfg.teacher_epochs, cfg.teacher_lr)
         train_once(job, cfg, run)
     else:
-        models.save(teacher_model, run.out / "teacher", data.classes, teacher_prep, cfg.size,
+        models.save(teacher_model, run.out / "teacher", data.classes, teacher_prep, teacher_size,
                     model_card(cfg, "teacher", {}))
 
     # ---- 3. It is frozen. From here on it only answers, and each answer is kept. ------------------
     options = StoreOptions(Path(cfg.cache_dir).expanduser(), cfg.topk, cfg.temperature,
                            with_features=cfg.method in methods.ON_FEATURES)
-    teacher = Teacher(models.freeze(teacher_model), teacher_prep, teacher_pictures.student, views,
-                      machine, options)
+    teacher = Teacher(models.freeze(teacher_model), teacher_prep, teacher_pictures.student,
+                      dataclasses.replace(views, size=teacher_size), machine, options)
     run.flush_before_save(teacher.store)      # a checkpoint finds all its answers on the disk
     validation_logits = teacher.predict(teacher_data.validation, "teacher validation",
                                         run.stop_if_requested)
@@ -493,20 +496,23 @@ def folder_of(cfg: Config) -> Path:
 def build(role: str, classes: tuple[str, ...], cfg: Config, machine: Runtime) -> nn.Module:
     """A new "teacher" or "student", on its device. Random weights come from the seed."""
     torch.manual_seed(cfg.seed)
+    size, option = cfg.size, "--size"
     if role == "teacher":
-        model = models.create("teacher", cfg.teacher, classes, cfg.teacher_weights, cfg.size)
+        if cfg.teacher_size:
+            size, option = cfg.teacher_size, "--teacher-size"
+        model = models.create("teacher", cfg.teacher, classes, cfg.teacher_weights, size, option=option)
     else:
-        model = models.create("student", cfg.student, classes, cfg.student_weights, cfg.size)
+        model = models.create("student", cfg.student, classes, cfg.student_weights, size)
     model = model.to(machine.device).to(memory_format=torch.channels_last)
-    models.check_size(model, cfg.size)
+    models.check_size(model, size, option)
     if cfg.sync_bn:
         return distributed.synchronise_batchnorm(model, machine.device)
     return blocks.accelerate(model) if machine.kernels else model
 
 
-def decode_for(prep: models.Preprocessing, dataset: Dataset, cfg: Config, run: Run) -> Data:
-    """Every picture, resized as `prep` says: read from --cache-dir, or decoded now."""
-    return decode(dataset, size=cfg.size, crop_pct=prep.crop_pct, interpolation=prep.interpolation,
+def decode_for(prep: models.Preprocessing, size: int, dataset: Dataset, cfg: Config, run: Run) -> Data:
+    """Every picture, resized as `prep` and `size` say: read from --cache-dir, or decoded now."""
+    return decode(dataset, size=size, crop_pct=prep.crop_pct, interpolation=prep.interpolation,
                   cache_dir=cfg.cache_dir, progress=run.stop.raise_if_requested)
 
 
@@ -541,7 +547,7 @@ def headline(name: str, pictures: few_labels.ByRole, teacher: nn.Module, student
     if pictures.teacher is not data:
         counts += f" ({len(pictures.teacher.train)} labels in train)"
     return (f"{machine.line} | {name}: {counts} pictures, {len(data.classes)} classes, "
-            f"{cfg.size} px | "
+            f"{cfg.size} px{f', teacher {cfg.teacher_size} px' if cfg.teacher_size else ''} | "
             f"teacher {cfg.teacher} ({models.parameters(teacher):,}) | "
             f"student {cfg.student} ({models.parameters(student):,}) | "
             f"loss {loss_name}")

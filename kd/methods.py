@@ -234,7 +234,7 @@ def check_flags(cfg: Any) -> None:
 def check_models(cfg: Any, teacher: nn.Module, student: nn.Module) -> None:
     """Raise BadInput where the method compares pooled features and a model has none."""
     if cfg.kd_weight and cfg.method in ON_FEATURES:
-        features.refuse_without("teacher", teacher, cfg.method, cfg.size)
+        features.refuse_without("teacher", teacher, cfg.method, cfg.teacher_size or cfg.size)
         features.refuse_without("student", student, cfg.method, cfg.size)
 
 

@@ -135,10 +135,10 @@ def check(flag: str, name: str, weights: str = "none") -> None:
         pretrained.path_of(flag, weights)
 
 
-def check_size(model: nn.Module, size: int) -> None:
+def check_size(model: nn.Module, size: int, option: str = "--size") -> None:
     """Raise BadInput if `model` does not take `size` × `size` pixels, such as a mixer of a fixed size.
 
-    Leaves the model in eval mode.
+    option: the flag that gives the size, named in the error. Leaves the model in eval mode.
     """
     model.eval()
     try:
@@ -147,16 +147,16 @@ def check_size(model: nn.Module, size: int) -> None:
     except (torch.OutOfMemoryError, torch.AcceleratorError):     # kinds of RuntimeError; the size is not to blame
         raise
     except (AssertionError, RuntimeError, ValueError) as error:
-        raise _wrong_size(model, size, error) from error
+        raise _wrong_size(model, size, error, option) from error
 
 
-def _wrong_size(model: nn.Module, size: int, error: Exception) -> BadInput:
-    return BadInput(f"--size {size}: {architecture(model)} takes no pictures of that size ({one_line(error)}); "
+def _wrong_size(model: nn.Module, size: int, error: Exception, option: str) -> BadInput:
+    return BadInput(f"{option} {size}: {architecture(model)} takes no pictures of that size ({one_line(error)}); "
                     f"it declares {declared(model)['input_size'][-1]}")
 
 
 def create(flag: str, name: str, classes: tuple[str, ...], weights: str = "none", size: int | None = None,
-           say: Callable[[str], None] = print) -> nn.Module:
+           say: Callable[[str], None] = print, option: str = "--size") -> nn.Module:
     """A timm model with one output per class.
 
     name: timm's (`resnet50.a1_in1k`, also behind `timm/` or `hf-hub:timm/`), or `hf-hub:OWNER/NAME`
@@ -171,7 +171,8 @@ def create(flag: str, name: str, classes: tuple[str, ...], weights: str = "none"
 
     A head with another number of outputs is replaced by a random one. Where the weights name their
     classes, the head must have the data's: one with the same classes in another order is reordered,
-    and one with other classes is replaced. `say` reports each. `flag` is named in errors.
+    and one with other classes is replaced. `say` reports each. `flag`, and for its size `option`, are
+    named in errors.
 
     Raises BadInput for an unknown name, for a size that the model does not take, and for weights that
     cannot be downloaded, are corrupt, need code to be opened, or belong to another model.
@@ -183,7 +184,7 @@ def create(flag: str, name: str, classes: tuple[str, ...], weights: str = "none"
     of_repository = weights == "imagenet" and source == "hf-hub"
     online = hub.reachable() if of_timm or source == "hf-hub" else True
     try:
-        arguments = {"num_classes": len(classes), **_size_argument(name, size)}
+        arguments = {"num_classes": len(classes), **_size_argument(name, size, option)}
         model = timm.create_model(name, pretrained=of_timm, **arguments)
         found = pretrained.read_repository(place) if of_repository else None
     except BadInput:
@@ -209,7 +210,7 @@ def create(flag: str, name: str, classes: tuple[str, ...], weights: str = "none"
     return model
 
 
-def _size_argument(name: str, size: int | None) -> dict[str, Any]:
+def _size_argument(name: str, size: int | None, option: str) -> dict[str, Any]:
     """timm's argument for an architecture that is built for one size, such as most ViTs; {} for others."""
     if size is None:
         return {}
@@ -221,11 +222,12 @@ def _size_argument(name: str, size: int | None) -> dict[str, Any]:
         try:
             model = timm.create_model(name, img_size=(size, size))
         except Exception as error:  # assertions mostly, but each architecture has its own way
-            raise _wrong_size(model, size, error) from error
+            raise _wrong_size(model, size, error, option) from error
     for patches in model.modules():
         # timm would leave out the right and lower edge of the picture without a word.
         if isinstance(patches, PatchEmbed) and any(size % side for side in patches.patch_size):
-            raise _wrong_size(model, size, ValueError(f"no multiple of its patches' {patches.patch_size[0]} pixels"))
+            raise _wrong_size(model, size, ValueError(f"no multiple of its patches' {patches.patch_size[0]} pixels"),
+                              option)
     return {"img_size": (size, size)}
 
 

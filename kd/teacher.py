@@ -60,7 +60,7 @@ class Teacher:
 
         pixels = batch.pixels
         if batch.split is not self.data.train:
-            # The teacher declares another interpolation than the student: the same view, from frames resized its way.
+            # The teacher takes another size or interpolation: the same view, from frames resized its way.
             pixels = load_views(self.data.train.frames, batch.samples, batch.view, self.views, self.runtime.device)
         # Both see the same view, each normalised with the mean and std of its own weights.
         with self.runtime.autocast():

@@ -145,6 +145,33 @@ def test_a_teacher_of_another_interpolation_sees_the_same_views_from_frames_of_i
     assert teacher.store.teacher_batches == 5
 
 
+def test_a_teacher_of_another_size_sees_the_same_views_with_more_pixels(photos, tmp_path):
+    dataset = train.open_dataset(str(photos))
+    ours, theirs = (train.decode(dataset, size=size, crop_pct=0.875, interpolation="bilinear", cache_dir=tmp_path)
+                    for size in (16, 32))
+    views = [train.Views(0, size, train.AUGMENTATIONS["crop"], 0) for size in (16, 32)]
+    small, large = (next(train.load_batches(data, view, 0, 8, 0, torch.device("cpu")))
+                    for data, view in zip((ours, theirs), views))
+    assert np.array_equal(small.samples, large.samples)
+    halved, pixels = torch.nn.functional.avg_pool2d(large.pixels.float(), 2), small.pixels.float()
+    # the same place of the same picture: a mirrored one is another
+    assert 2 * (halved - pixels).abs().mean() < (halved.flip(3) - pixels).abs().mean()
+
+
+def test_a_run_with_a_larger_teacher_keeps_both_sizes_and_asks_it_once(tiny):
+    config = dataclasses.replace(tiny, teacher_size=48, views=2, augment="crop")
+    result = train.main(config)
+    assert result["teacher_batches"] == 10
+    assert models.open_saved(f"{config.out}/teacher")[2] == 48 and models.open_saved(f"{config.out}/student")[2] == 32
+    again = train.main(dataclasses.replace(config, out=config.out + "-again"))
+    assert again["teacher_batches"] == 0 and again["student"] == result["student"]
+
+
+def test_a_size_that_the_teacher_does_not_take_names_its_flag(tiny):
+    with pytest.raises(BadInput, match="^--teacher-size 50: test_vit takes no pictures of that size"):
+        train.main(dataclasses.replace(tiny, teacher="test_vit", teacher_size=50))
+
+
 def test_without_a_share_in_the_loss_the_teacher_changes_nothing(tiny):
     result = train.main(dataclasses.replace(tiny, control=True, kd_weight=0.0))
     assert result["student"] == result["control"] and result["teacher_batches"] == 0

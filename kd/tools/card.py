@@ -129,12 +129,13 @@ def _recipe(role: str, settings: Mapping[str, Any], best_epoch: int) -> str:
     weights = settings["student_weights"]
     student_start = "random weights" if weights == "none" else (
         "pretrained weights" if weights == "imagenet" else f"`{base_name(weights)}`")
+    teacher_size = f", its teacher at {settings['teacher_size']} px" if settings["teacher_size"] else ""
     chosen = ("last epoch, as agreed before" if settings["select"] == "last" else
               f"best epoch by validation accuracy{best}")
     lines = [
         f"- teacher `{_model_of('teacher', settings)}`, {start} {whose} pretrained weights, {tuning}",
         f"- student `{_model_of('student', settings)}`, from {student_start}, {settings['epochs']} epochs at "
-        f"{settings['size']} px, seed {settings['seed']}",
+        f"{settings['size']} px{teacher_size}, seed {settings['seed']}",
         f"- loss (1 - λ)·CE + λ·{_method(settings)}, λ = {settings['kd_weight']:g}{control}",
         f"- the weights are those of the {chosen}",
     ]
