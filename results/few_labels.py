@@ -5,13 +5,18 @@
 It makes each run by the command that it prints, one after another. A run that has ended is left alone, and one that was
 stopped goes on. So the script may be started again at any time, and several times at once for other labels or seeds.
 
-Six arms see the same labels and take the same number of steps, so that what the gain is made of can be told:
+The arms see the same labels and take the same number of steps, so that what the gain is made of can be told:
 
     all         the student learns from the teacher (λ = 1) on all pictures; its control knows the labels only
     smoothing   a control with smoothed labels: what softness alone is worth
     labelled    the student learns from the teacher, on the labelled pictures only: without the other pictures
-    hard        the student learns the class that the teacher gives to each picture: without softness
+    hard        the student learns the class that the teacher gives to each view: without softness
     self        the student learns on all pictures from the control of `all`: without ImageNet
+    patient     `all` in three times the steps
+    pretrained  `all`, where student and control start from ImageNet weights as well
+
+The others know all labels, of which 20 or 40 % are wrong in train; --labels then counts for nothing. `wrong-20` and
+`wrong-40` compare λ = 1 with the control, `wrong-20-half` and `wrong-40-half` are λ = 0.5.
 
 The weights of the last epoch are tested. So validation plays no part in a run, and its pictures may be counted with
 those of test.
@@ -26,18 +31,16 @@ from pathlib import Path
 
 import numpy as np
 
-from kd import few_labels, models
-from kd.data.frames import decode
+from kd import few_labels
 from kd.data.samples import Dataset
 from kd.data.sources import open_dataset
-from kd.machine import runtime
-from kd.predict import predict
 
-ARMS = ("all", "smoothing", "labelled", "hard", "self")
+ARMS = ("all", "smoothing", "labelled", "hard", "self", "patient", "pretrained", "wrong-20", "wrong-40",
+        "wrong-20-half", "wrong-40-half")
 SHARED = ["--recipe", "few", "--allow-weak-teacher"]
 
 # what differs between the data sets, and how long a teacher is fine-tuned on so many labels
-KINDS = {"beans": ["--augment", "crop", "--teacher-augment", "crop"],
+KINDS = {"beans": ["--augment", "crop", "--teacher-augment", "crop", "--epochs", "60"],
          "caltech101": ["--epochs", "24"]}
 TEACHER_EPOCHS = {15: 120, 60: 60, 120: 40, 505: 24, 1010: 16}
 
@@ -74,26 +77,24 @@ def labelled_folder(dataset: Dataset, labels: int, seed: int, root: Path) -> Pat
     return write_pictures(dataset, root, [(row, int(known[row])) for row in rows])
 
 
-def hard_folder(dataset: Dataset, labels: int, seed: int, teacher: Path, cache_dir: str, root: Path) -> Path:
-    """All pictures: the labelled ones in their own class, the others in the one that the teacher gives them."""
-    known = dataset.splits["train"].labels
-    model, prep, size, classes = models.open_saved(str(teacher))
-    assert classes == dataset.classes
-    data = decode(dataset, size=size, crop_pct=prep.crop_pct, interpolation=prep.interpolation, cache_dir=cache_dir)
-    machine = runtime.start("cpu", "off", "off")
-    given = predict(model, data.train.frames, prep, size, machine, "the teacher's classes").argmax(1)
-    kept = few_labels.keep_labels(known, labels, seed)
-    given[kept] = known[kept]
-    return write_pictures(dataset, root, list(enumerate(given.tolist())))
+def wrong_folder(dataset: Dataset, percent: int, seed: int, root: Path) -> Path:
+    """All pictures, of which that many in 100 have a wrong class in train, any of the others alike."""
+    labels = dataset.splits["train"].labels.copy()
+    generator = np.random.default_rng([seed, percent])
+    rows = generator.permutation(len(labels))[:round(len(labels) * percent / 100)]
+    labels[rows] = (labels[rows] + generator.integers(1, len(dataset.classes), len(rows))) % len(dataset.classes)
+    return write_pictures(dataset, root, list(enumerate(labels.tolist())))
 
 
 def flags_of(arm: str, seed: int, args: argparse.Namespace, dataset: Dataset) -> list[str]:
     """The flags of one run, after the folders that it reads have been made."""
-    first = args.out / name_of("all", seed, args)       # its teacher and its control serve the other arms
     flags = [*SHARED, *KINDS[args.kind], "--seed", str(seed)]
     few = ["--dataset", args.data, "--labels", str(args.labels)]
+    # the teacher and the control of `all` serve the other arms
+    first = args.out / name_of("all", seed, args)
     tuned = ["--teacher-weights", str(first / "teacher"), "--teacher-epochs", "0"]
     folder = args.out / "pictures" / f"{args.kind}-{args.labels}-{arm}-{seed}"
+
     if arm == "all":
         return [*flags, *few, "--teacher-weights", args.teacher_weights, "--teacher-epochs",
                 str(TEACHER_EPOCHS[args.labels]), "--control"]
@@ -103,10 +104,26 @@ def flags_of(arm: str, seed: int, args: argparse.Namespace, dataset: Dataset) ->
         labelled_folder(dataset, args.labels, seed, folder)
         return [*flags, "--dataset", str(folder), *tuned]
     if arm == "hard":
-        hard_folder(dataset, args.labels, seed, first / "teacher", args.cache_dir, folder)
-        return [*flags, "--dataset", str(folder), *tuned, "--kd-weight", "0"]
-    return [*flags, *few, "--teacher", "mobilenetv2_100", "--teacher-weights", str(first / "control"),
-            "--teacher-epochs", "0"]
+        return [*flags, *few, *tuned, "--method", "hard"]
+    if arm == "self":
+        return [*flags, *few, "--teacher", "mobilenetv2_100", "--teacher-weights", str(first / "control"),
+                "--teacher-epochs", "0", "--teacher-size", "0"]
+    if arm == "patient":
+        epochs = int(flags[flags.index("--epochs") + 1])
+        return [*flags, *few, *tuned, "--control", "--epochs", str(3 * epochs)]
+    if arm == "pretrained":
+        return [*flags, *few, *tuned, "--control", "--student-weights", args.student_weights, "--lr", "1e-3"]
+
+    _, percent, *half = arm.split("-")
+    folder = args.out / "pictures" / f"{args.kind}-wrong-{percent}-{seed}"
+    wrong_folder(dataset, int(percent), seed, folder)
+    if half:
+        wrong = args.out / name_of(f"wrong-{percent}", seed, args) / "teacher"
+        return [*flags, "--dataset", str(folder), "--teacher-weights", str(wrong), "--teacher-epochs", "0",
+                "--kd-weight", "0.5"]
+    # A teacher that is fine-tuned for long learns the wrong labels, too.
+    return [*flags, "--dataset", str(folder), "--teacher-weights", args.teacher_weights, "--teacher-epochs", "4",
+            "--control"]
 
 
 def name_of(arm: str, seed: int, args: argparse.Namespace) -> str:
@@ -119,6 +136,7 @@ def main() -> None:
     parser.add_argument("--kind", required=True, choices=tuple(KINDS))
     parser.add_argument("--labels", required=True, type=int, choices=tuple(TEACHER_EPOCHS))
     parser.add_argument("--teacher-weights", required=True, help="ImageNet weights of the teacher")
+    parser.add_argument("--student-weights", help="ImageNet weights of the student, for the arm pretrained")
     parser.add_argument("--out", required=True, type=Path, help="folder of the runs")
     parser.add_argument("--cache-dir", required=True)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
