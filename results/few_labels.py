@@ -41,7 +41,7 @@ SHARED = ["--recipe", "few", "--allow-weak-teacher"]
 
 # what differs between the data sets, and how long a teacher is fine-tuned on so many labels
 KINDS = {"beans": ["--augment", "crop", "--teacher-augment", "crop", "--epochs", "60"],
-         "caltech101": ["--epochs", "24"]}
+         "caltech101": ["--size", "64", "--teacher-size", "96", "--epochs", "60", "--views", "20"]}
 TEACHER_EPOCHS = {15: 120, 60: 60, 120: 40, 505: 24, 1010: 16}
 
 
