@@ -200,7 +200,7 @@ def gain_lines(rows: dict[str, dict[str, Any]], paired: dict[str, Any]) -> list[
     elif student > teacher:
         meaning = "the student is better than its teacher"
     else:
-        meaning = "no teacher can give more"
+        meaning = "this teacher can hardly give more"
     return [gain, f"headroom (teacher − control): {format_points(headroom)} points: {meaning}"]
 
 
