@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import os
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +17,8 @@ from kd.data.sources import open_dataset, with_unlabelled
 from kd.few_labels import JoinedFrames, by_role, keep_labels, usable_rows
 from kd.losses import NO_LABEL
 from kd.machine import checkpoint
-from kd.machine.signals import Stopped
 from tests.helpers import toy
-from tests.helpers.runs import identical
+from tests.helpers.runs import identical, stop_at_step
 
 
 def opened(root, cache, unlabelled=None):
@@ -184,25 +181,14 @@ def _without_labels(pictures: few_labels.ByRole) -> few_labels.ByRole:
     return pictures._replace(student=dataclasses.replace(pictures.student, train=nothing))
 
 
-def test_a_stopped_run_with_few_labels_ends_with_the_same_bits(tiny, monkeypatch):
+def test_a_stopped_run_with_few_labels_ends_with_the_same_bits(tiny):
     config = dataclasses.replace(tiny, labels=9, kd_weight=0.5, views=0, augment="crop", accumulate=2,
                                  control=True)
     whole = dataclasses.replace(config, out=config.out + "-whole")
     train.main(whole)
 
     steps = count_batches(9, 8) + 2 * count_batches(42, 8) + 3      # within the student's first epoch
-    step = train.train_step
-
-    def stopping(*given):
-        nonlocal steps
-        steps -= 1
-        if not steps:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(*given)
-
-    monkeypatch.setattr(train, "train_step", stopping)
-    with pytest.raises(Stopped):
-        train.main(config)
+    stop_at_step(config, steps)
     train.main(dataclasses.replace(config, resume=True))
     one, other = (checkpoint.read(Path(each.out) / "last.ckpt") for each in (whole, config))
     identical(one, other)

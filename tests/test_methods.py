@@ -1,8 +1,6 @@
 """kd/methods.py against the mathematics of the papers, in float64, and runs with each method."""
 
 import dataclasses
-import os
-import signal
 from functools import partial
 from pathlib import Path
 
@@ -18,12 +16,10 @@ import train
 from kd import BadInput, losses, methods
 from kd.losses import NO_LABEL, kd_loss
 from kd.machine import checkpoint
-from kd.machine.signals import Stopped
 from kd.methods import METHODS, method_loss, standardise
 from tests.helpers.loss_cases import INF, loss_and_gradient
-from tests.helpers.runs import identical
+from tests.helpers.runs import identical, stop_at_step
 
-LOGITS = [name for name in METHODS if name not in methods.ON_FEATURES]
 ROWS_MEET = {"dist", "pkt", "rkd"}
 EVERY_FLAG = [*((name, False) for name in METHODS), ("kd", True), ("dkd", True), ("dist", True)]
 
@@ -363,25 +359,14 @@ def test_flags_that_do_not_go_together_are_refused_before_anything_is_loaded(tin
 # ---- whole runs ----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, standardised", [("kd", True), ("dkd", False), ("rkd", False), ("simkd", False)])
-def test_a_stopped_run_with_a_method_ends_with_the_same_bits(tiny, monkeypatch, name, standardised):
+def test_a_stopped_run_with_a_method_ends_with_the_same_bits(tiny, name, standardised):
     """And its second run asks the teacher nothing: features, too, are read from disk."""
     config = dataclasses.replace(tiny, method=name, standardise=standardised, teacher_epochs=0, views=0)
     whole = dataclasses.replace(config, out=config.out + "-whole")
     result = train.main(whole)
     assert result["teacher_batches"] == 10
 
-    steps, step = 8, train.train_step           # in the second epoch
-
-    def stopping(*given):
-        nonlocal steps
-        steps -= 1
-        if not steps:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(*given)
-
-    monkeypatch.setattr(train, "train_step", stopping)
-    with pytest.raises(Stopped):
-        train.main(config)
+    stop_at_step(config, 8)                     # in the second epoch
     again = train.main(dataclasses.replace(config, resume=True))
     one, other = (checkpoint.read(Path(each.out) / "last.ckpt") for each in (whole, config))
     identical(one, other)

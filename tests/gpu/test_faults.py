@@ -1,7 +1,6 @@
 """On a GPU too, a step that is not finite is named, and a stopped run goes on to the same end."""
 
 import dataclasses
-import signal
 from pathlib import Path
 
 import pytest
@@ -12,10 +11,9 @@ import train
 from kd import TrainingFault
 from kd.machine import checkpoint, runtime
 from kd.machine.health import READ_EVERY, Guard
-from kd.machine.signals import Stopped
 from tests.gpu import DEVICE
 from tests.gpu.watch import around_steps
-from tests.helpers.runs import identical
+from tests.helpers.runs import identical, stop_at_step
 
 pytestmark = pytest.mark.cuda
 
@@ -66,18 +64,7 @@ def test_a_stopped_run_ends_with_the_same_bits(tiny, tmp_path, monkeypatch):
     whole, broken = (dataclasses.replace(config, out=str(tmp_path / name)) for name in ("whole", "broken"))
     train.main(whole)
 
-    steps = []
-
-    def stop_at_the_13th(step, arguments):
-        steps.append(step)
-        if len(steps) == 13:    # after 5 of the teacher, amid the student's second epoch
-            signal.raise_signal(signal.SIGTERM)
-        return step()
-
-    with monkeypatch.context() as patch:
-        around_steps(patch, stop_at_the_13th)
-        with pytest.raises(Stopped):
-            train.main(broken)
+    stop_at_step(broken, 13)    # after 5 of the teacher, amid the student's second epoch
     saved = checkpoint.read(Path(broken.out) / "last.ckpt")
     assert (saved["position"]["role"], saved["position"]["epoch"], saved["position"]["step"]) == ("student", 1, 3)
 

@@ -1,9 +1,11 @@
 """What tests of whole runs share."""
 
 import dataclasses
+import signal
 from typing import Any, Callable
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +13,7 @@ import train
 from kd.batches import Batch
 from kd.losses import kd_loss
 from kd.machine import runtime
+from kd.machine.signals import Stopped
 
 
 def identical(a: Any, b: Any, place: str = "") -> None:
@@ -63,8 +66,25 @@ def watch_teacher(monkeypatch: Any, note: Callable[[Any], None]) -> None:
 
     def watched(teacher: train.Teacher, batch: Batch) -> Tensor:
         note(teacher)
-        logits = answer(teacher, batch)
+        outputs = answer(teacher, batch)
         note(teacher)
-        return logits
+        return outputs
 
     monkeypatch.setattr(train.Teacher, "outputs", watched)
+
+
+def stop_at_step(config: train.Config, number: int) -> None:
+    """`train.main(config)`, stopped by SIGTERM at the `number`-th training step, counted over all roles from 1."""
+    step, steps = train.train_step, 0
+
+    def stopping(*arguments: Any) -> tuple[Tensor, Tensor]:
+        nonlocal steps
+        steps += 1
+        if steps == number:
+            signal.raise_signal(signal.SIGTERM)
+        return step(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train_step", stopping)
+        with pytest.raises(Stopped):
+            train.main(config)

@@ -80,10 +80,10 @@ def watched(config: train.Config) -> dict[str, Any]:
 
     def counted(teacher: Teacher, batch: Batch) -> torch.Tensor:
         before = teacher.store.teacher_batches
-        logits = answer(teacher, batch)
+        outputs = answer(teacher, batch)
         if teacher.store.teacher_batches > before:
             asked.append(batch.samples)
-        return logits
+        return outputs
 
     train.train_step = timed
     Teacher.outputs = counted  # type: ignore[assignment, method-assign]
