@@ -21,7 +21,8 @@ from kd.models import open_saved
 from kd.predict import predict
 from kd.tools import report
 from kd.tools.predictions import FILE, read_predictions
-from results.tables import markdown
+from results import methods
+from results.tables import difference_cell, markdown
 
 HERE = Path(__file__).resolve().parent
 Runs = dict[int, dict[str, Any]]        # what is kept of the runs of one arm, by seed
@@ -111,12 +112,10 @@ def cell(shares: Sequence[float]) -> str:
     return f"{report.format_mean(report.mean_and_sd(list(shares)))} %" if shares else ""
 
 
-def difference_cell(values: dict[str, Any] | None) -> str:
-    """`+3.4 ± 5.6 points (-3.8 to +10.8)`."""
-    if values is None:
-        return ""
-    low, high = (100 * limit for limit in values["interval"])
-    return f"{report.format_mean(values, '+')} points ({low:+.1f} to {high:+.1f})"
+def versus(arm: Arm, other: Arm, splits: Sequence[str] = ("test",)) -> str:
+    """The cell of `arm` − `other`; empty where `difference` has none."""
+    values = difference(arm, other, splits)
+    return difference_cell(values) if values else ""
 
 
 # ---- few labels --------------------------------------------------------------------------------------
@@ -145,7 +144,7 @@ def few_table() -> str:
                     for role in ("control", "student")]
         rows.append([NAMES[kind], str(labels), str(len(runs)),
                      *(cell(accuracies(Arm(folder, role), splits)) for role in report.ROLES),
-                     difference_cell(difference(student, control, splits)), " and ".join(by_class)])
+                     versus(student, control, splits), " and ".join(by_class)])
     return markdown(["data", "labels", "n", "teacher", "control", "student", "student − control",
                      "mean per class, control and student"], rows)
 
@@ -168,15 +167,14 @@ def parts_table() -> str:
     columns = [(kind, labels) for kind, labels in FEW if (HERE / f"few/{kind}-{labels}-hard").is_dir()]
     rows = []
     for label, first, second in PARTS:
-        cells = [difference_cell(difference(arm(*column, first), arm(*column, second), splits_of(column[0])))
-                 for column in columns]
+        cells = [versus(arm(*column, first), arm(*column, second), splits_of(column[0])) for column in columns]
         rows.append([label, *cells])
     return markdown(["difference", *(f"{NAMES[kind]}, {labels} labels" for kind, labels in columns)], rows)
 
 
 # ---- the methods -------------------------------------------------------------------------------------
 
-METHODS = ("smoothing", "kd", "kd-standardised", "hard", "dkd", "dist", "nkd", "pkt", "rkd", "simkd")
+METHODS = ("smoothing", *methods.METHODS)
 
 
 def methods_table() -> str:
@@ -188,8 +186,7 @@ def methods_table() -> str:
             continue
         arm = Arm(f"methods/{name}")
         by_class = [result["student"]["test_class_mean"] for result in runs.values()]
-        over = [difference_cell(difference(arm, Arm(f"methods/{other}"))) if name != other else ""
-                for other in ("control", "kd")]
+        over = [versus(arm, Arm(f"methods/{other}")) if name != other else "" for other in ("control", "kd")]
         rows.append([name, str(len(runs)), cell(accuracies(arm)), cell(by_class), *over])
     return markdown(["method", "n", "test accuracy", "mean per class", "over the control", "over kd"], rows)
 
@@ -241,5 +238,7 @@ if __name__ == "__main__":
     else:
         for name, table in tables().items():
             print(f"{name}\n\n{table}\n")
-        draw_few(HERE / "few.svg")
-        draw_forest(HERE / "methods.svg")
+        if any(read_runs(f"few/{kind}-{labels}-all") for kind, labels in FEW):
+            draw_few(HERE / "few.svg")
+        if read_runs("methods/control"):
+            draw_forest(HERE / "methods.svg")

@@ -15,8 +15,8 @@ The arms see the same labels and take the same number of steps, so that what the
     patient     `all` in three times the steps
     pretrained  `all`, where student and control start from ImageNet weights as well
 
-The others know all labels, of which 20 or 40 % are wrong in train; --labels then counts for nothing. `wrong-20` and
-`wrong-40` compare λ = 1 with the control, `wrong-20-half` and `wrong-40-half` are λ = 0.5.
+The arms called `wrong` know all labels, whatever --labels says. In train, 20 or 40 % of them are wrong. `wrong-20` and
+`wrong-40` compare λ = 1 with the control. `wrong-20-half` and `wrong-40-half` have λ = 0.5.
 
 The weights of the last epoch are tested. So validation plays no part in a run, and its pictures may be counted with
 those of test.
@@ -24,9 +24,6 @@ those of test.
 
 import argparse
 import os
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +31,7 @@ import numpy as np
 from kd import few_labels
 from kd.data.samples import Dataset
 from kd.data.sources import open_dataset
+from results import launch
 
 ARMS = ("all", "smoothing", "labelled", "hard", "self", "patient", "pretrained", "wrong-20", "wrong-40",
         "wrong-20-half", "wrong-40-half")
@@ -146,14 +144,8 @@ def main() -> None:
     for arm in args.arms:
         for seed in args.seeds:
             out = args.out / name_of(arm, seed, args)
-            if (out / "result.json").exists():
-                continue
-            command = [sys.executable, "train.py", *flags_of(arm, seed, args, dataset), "--out", str(out),
-                       "--cache-dir", args.cache_dir, "--resume"]
-            print(shlex.join(command), flush=True)
-            out.parent.mkdir(parents=True, exist_ok=True)
-            with open(out.with_suffix(".log"), "a", encoding="utf-8") as log:
-                subprocess.run(command, stdout=log, stderr=log)
+            if not launch.has_ended(out):
+                launch.train(flags_of(arm, seed, args, dataset), out, args.cache_dir)
 
 
 if __name__ == "__main__":

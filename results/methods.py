@@ -13,10 +13,9 @@ stopped goes on. The weights of the last epoch are tested.
 
 import argparse
 import json
-import shlex
-import subprocess
-import sys
 from pathlib import Path
+
+from results import launch
 
 SHARED = ["--recipe", "few", "--size", "64", "--teacher-lr", "3e-4"]
 EPOCHS, TUNING_EPOCHS, TEACHER_EPOCHS = 20, 10, 12
@@ -41,18 +40,13 @@ CONTROLS = {"control": ["--kd-weight", "0"], "smoothing": ["--kd-weight", "0", "
 def run(name: str, flags: list[str], args: argparse.Namespace) -> None:
     """One run in the folder of that name, unless it has ended."""
     out = args.out / name
-    if (out / "result.json").exists():
+    if launch.has_ended(out):
         return
     if name == "control/seed-0":
         teacher = ["--teacher-weights", args.teacher_weights, "--teacher-epochs", str(TEACHER_EPOCHS)]
     else:
         teacher = ["--teacher-weights", str(args.out / "control/seed-0/teacher"), "--teacher-epochs", "0"]
-    command = [sys.executable, "train.py", *SHARED, "--dataset", args.data, *teacher, *flags, "--out", str(out),
-               "--cache-dir", args.cache_dir, "--resume"]
-    print(shlex.join(command), flush=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with open(out.with_suffix(".log"), "a", encoding="utf-8") as log:
-        subprocess.run(command, stdout=log, stderr=log)
+    launch.train([*SHARED, "--dataset", args.data, *teacher, *flags], out, args.cache_dir)
 
 
 def validation_accuracy(folder: Path) -> float:

@@ -45,12 +45,14 @@ def compared(folder: Path) -> dict[str, Any]:
 
 
 def gain_cell(group: dict[str, Any]) -> str:
-    """Student minus control in points, with the 95 % interval; empty without a control."""
-    gain = group["gain"]
-    if not gain["n"]:
-        return ""
-    low, high = (100 * limit for limit in gain["interval"])
-    return f"{report.format_mean(gain, '+')} points ({low:+.1f} to {high:+.1f})"
+    """Student minus control; empty without a control."""
+    return difference_cell(group["gain"]) if group["gain"]["n"] else ""
+
+
+def difference_cell(values: dict[str, Any]) -> str:
+    """`+3.4 ± 5.6 points (-3.8 to +10.8)`: mean, deviation and 95 % interval of a difference."""
+    low, high = (100 * limit for limit in values["interval"])
+    return f"{report.format_mean(values, '+')} points ({low:+.1f} to {high:+.1f})"
 
 
 def results_table() -> str:
