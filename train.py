@@ -81,7 +81,7 @@ class Config:
                                 "the teacher")
     temperature: float = flag(5.0, "T, softens the distributions of teacher and student", above=0)
     kd_weight: float = flag(0.5, "λ, the teacher's share of the loss", low=0, high=1)
-    method: str = flag("kd", "what of the teacher the student learns (kd/methods.py has their formulas)",
+    method: str = flag("kd", "what the student learns from its teacher (kd/methods.py has the formulas)",
                        ("kd", "hard", "dkd", "dist", "nkd", "pkt", "rkd", "simkd"))
     standardise: bool = flag(False, "standardise each row of logits before the method compares them")
     label_smoothing: float = flag(0.0, "share of each label that all classes get alike", low=0, high=1)
@@ -118,6 +118,10 @@ class Config:
     push: str = flag("end", "upload it at the end, or also each time that it improves",
                      ("end", "every-epoch"))
     private: bool = flag(False, "if that repository is new, make it private")
+
+    def size_of(self, role: str) -> int:
+        """Side of the input of "teacher", "control" or "student", in pixels."""
+        return self.teacher_size or self.size if role == "teacher" else self.size
 
     @classmethod
     def of(cls, recipe: str = "demo", **flags: Any) -> "Config":
@@ -203,7 +207,8 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch
     loss_fn          (student_outputs, teacher_outputs, labels) to the mean loss, a scalar
 
     Returns the loss and the norm of its gradient, two scalars. They stay on the device: on a GPU,
-    nothing in here waits for it. The mean over the ranks is that of the batch, if its rows do not meet.
+    nothing in here waits for it. With several ranks, the mean of their losses is that of the batch.
+    Methods that compare the pictures of a batch are the exception (`kd/methods.py`).
     """
     rows = len(batch.pixels)
     total = torch.zeros((), device=batch.pixels.device)
@@ -385,7 +390,7 @@ def main(cfg: Config) -> dict[str, Any]:
     methods.check_models(cfg, teacher_model, student)
 
     data = teacher_data = decode_for(prep, cfg.size, dataset, cfg, run)
-    teacher_size = cfg.teacher_size or cfg.size
+    teacher_size = cfg.size_of("teacher")
     if (teacher_prep.interpolation, teacher_size) != (prep.interpolation, cfg.size):
         teacher_data = decode_for(teacher_prep, teacher_size, dataset, cfg, run)
     # Teacher and control learn from the labelled pictures, the student from all of them.
@@ -496,10 +501,9 @@ def folder_of(cfg: Config) -> Path:
 def build(role: str, classes: tuple[str, ...], cfg: Config, machine: Runtime) -> nn.Module:
     """A new "teacher" or "student", on its device. Random weights come from the seed."""
     torch.manual_seed(cfg.seed)
-    size, option = cfg.size, "--size"
+    size = cfg.size_of(role)
+    option = "--teacher-size" if role == "teacher" and cfg.teacher_size else "--size"
     if role == "teacher":
-        if cfg.teacher_size:
-            size, option = cfg.teacher_size, "--teacher-size"
         model = models.create("teacher", cfg.teacher, classes, cfg.teacher_weights, size, option=option)
     else:
         model = models.create("student", cfg.student, classes, cfg.student_weights, size)

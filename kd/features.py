@@ -1,7 +1,8 @@
 """Pooled features: what a model's linear classifier is given, for the methods that compare them.
 
-timm's models have them in common: `forward_features` gives the last feature maps, `forward_head` pools
-them, and `get_classifier` is the layer that makes logits of them.
+All of timm's models have three functions for this. `forward_features` gives the last feature maps,
+`forward_head` pools them, and `get_classifier` gives the layer that makes logits of them. A `model` here
+is such a model.
 """
 
 from typing import Any
@@ -13,25 +14,23 @@ from kd import BadInput, one_line
 from kd.pretrained import declared
 
 
-def logits_and_features(model: nn.Module, x: Tensor) -> Tensor:
+def logits_and_features(model: Any, x: Tensor) -> Tensor:
     """Normalised pixels `(B, 3, H, W)` to `(B, C + D)`: the C logits, and behind them the D pooled features."""
-    timm_model: Any = model
-    pooled = timm_model.forward_head(timm_model.forward_features(x), pre_logits=True)
-    classifier = timm_model.get_classifier()
+    pooled = model.forward_head(model.forward_features(x), pre_logits=True)
+    classifier = model.get_classifier()
     if isinstance(classifier, ReusedHead):
         pooled = classifier.projector(pooled)
         classifier = classifier.classifier
     return torch.cat([classifier(pooled), pooled], dim=1)
 
 
-def width(model: nn.Module) -> int:
+def width(model: Any) -> int:
     """D, how many pooled features the classifier of `model` is given."""
-    timm_model: Any = model
-    return timm_model.get_classifier().in_features
+    return model.get_classifier().in_features
 
 
 @torch.no_grad()
-def refuse_without(role: str, model: nn.Module, method: str, size: int) -> None:
+def refuse_without(role: str, model: Any, method: str, size: int) -> None:
     """Raise BadInput for a model whose logits are not a linear function of pooled features.
 
     role: "teacher" or "student", to name the flag. Leaves the model in eval mode.
@@ -41,8 +40,7 @@ def refuse_without(role: str, model: nn.Module, method: str, size: int) -> None:
     picture = torch.linspace(-2, 2, 3 * size * size, device=parameter.device).view(1, 3, size, size)
     reason = "its logits are not a linear function of them"
     try:
-        timm_model: Any = model
-        classifier = timm_model.get_classifier()
+        classifier = model.get_classifier()
         same = isinstance(classifier, nn.Linear) and classifier.bias is not None
         if same:
             outputs = logits_and_features(model, picture)
@@ -76,23 +74,20 @@ class ReusedHead(nn.Module):
         return self.classifier(self.projector(pooled))
 
 
-def reuse_head(student: nn.Module, teacher: nn.Module) -> None:
+def reuse_head(student: Any, teacher: Any) -> None:
     """Give `student` the classifier of `teacher`, in place. The map before it is drawn from torch's seed."""
-    timm_student: Any = student
-    timm_teacher: Any = teacher
-    own: nn.Linear = timm_student.get_classifier()
-    head = ReusedHead(own.in_features, timm_teacher.get_classifier()).to(own.weight.device)
+    own: nn.Linear = student.get_classifier()
+    head = ReusedHead(own.in_features, teacher.get_classifier()).to(own.weight.device)
     _replace(student, own, head)
 
 
 @torch.no_grad()
-def merge_head(model: nn.Module) -> None:
+def merge_head(model: Any) -> None:
     """Make one linear layer of a `ReusedHead`, in place: W·(P·h + b) + c = (W·P)·h + (W·b + c).
 
     The model is then what timm builds by its name. Nothing happens to a model with a head of its own.
     """
-    timm_model: Any = model
-    head = timm_model.get_classifier()
+    head = model.get_classifier()
     if not isinstance(head, ReusedHead):
         return
     weight, bias = (values.cpu().double() for values in (head.projector.weight, head.projector.bias))

@@ -75,13 +75,16 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor | None, labels: Tenso
     if kd_weight > 0:
         assert teacher_logits is not None
         t = teacher_logits.detach().to(s.dtype)
-        log_p = F.log_softmax(t / temperature, dim=1)
-        log_q = F.log_softmax(s / temperature, dim=1)
-        p = log_p.exp()
-        kl = (p * (log_p - log_q).masked_fill(p == 0, 0)).sum(dim=1)
+        kl = kl_of_rows(F.log_softmax(t / temperature, dim=1), F.log_softmax(s / temperature, dim=1))
         loss = loss + kd_weight * temperature ** 2 * kl.sum()
 
     return loss / max(len(s), 1)
+
+
+def kl_of_rows(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p‖q) of each row of log-probabilities `(B, C)`, `(B,)`; 0·log 0 counts as 0."""
+    p = log_p.exp()
+    return (p * (log_p - log_q).masked_fill(p == 0, 0)).sum(dim=1)
 
 
 # ---- which loss a run trains with -------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The methods of --method: what of the teacher a student learns from.
+"""The methods of --method: what a student learns from its teacher.
 
     loss = (1 − λ)·CE(student, labels) + λ·method(student, teacher, labels, T)
 
@@ -10,8 +10,8 @@ A method is a function of these four. It returns a scalar, the mean over the row
     temperature         T > 0; only the methods in TEMPERED read it
 
 The papers of dkd, nkd, dist, pkt and rkd add the method to a whole CE: CE + w·method. At λ = 0.5 the loss
-is half of that. AdamW does not see a factor of the whole loss, and --clip, the largest norm of a
-gradient, does. A default below is the paper's w. To try another, change the default.
+is half of that. AdamW does not see a factor of the whole loss. --clip, which limits the gradient's norm,
+does. A default below is the paper's w. To try another, change the default.
 
 Three methods compare the pictures of a batch with each other: `dist` in its columns, `pkt` and `rkd`.
 They see the pictures that a rank computes at a time: its share of the batch, and of this one part of
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from kd import BadInput, cli, features
 from kd.augmentations import AUGMENTATIONS
-from kd.losses import kd_loss
+from kd.losses import kd_loss, kl_of_rows
 
 # ---- on logits ----------------------------------------------------------------------------------------
 
@@ -68,8 +68,8 @@ def dkd(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, al
     min(epoch / 20, 1), and subtracts 1000 from the logit of the class that is left out: here it is −inf.
     """
     t, s = teacher / temperature, student / temperature
-    tckd = _kl(_label_against_others(t, labels), _label_against_others(s, labels))
-    nckd = _kl(_among_others(t, labels), _among_others(s, labels))
+    tckd = kl_of_rows(_label_against_others(t, labels), _label_against_others(s, labels))
+    nckd = kl_of_rows(_among_others(t, labels), _among_others(s, labels))
     return temperature ** 2 * (alpha * tckd + beta * nckd).mean()
 
 
@@ -119,7 +119,7 @@ def pkt(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float,
     own neighbours.
     """
     p, q = _neighbours(teacher), _neighbours(student)
-    return weight * _kl(p.log(), q.clamp(min=1e-7).log()).mean()
+    return weight * kl_of_rows(p.log(), q.clamp(min=1e-7).log()).mean()
 
 
 def rkd(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, distances: float = 25.0,
@@ -234,8 +234,8 @@ def check_flags(cfg: Any) -> None:
 def check_models(cfg: Any, teacher: nn.Module, student: nn.Module) -> None:
     """Raise BadInput where the method compares pooled features and a model has none."""
     if cfg.kd_weight and cfg.method in ON_FEATURES:
-        features.refuse_without("teacher", teacher, cfg.method, cfg.teacher_size or cfg.size)
-        features.refuse_without("student", student, cfg.method, cfg.size)
+        features.refuse_without("teacher", teacher, cfg.method, cfg.size_of("teacher"))
+        features.refuse_without("student", student, cfg.method, cfg.size_of("student"))
 
 
 def check_classes(method: str, standardised: bool, classes: int) -> None:
@@ -248,12 +248,6 @@ def check_classes(method: str, standardised: bool, classes: int) -> None:
 
 
 # ---- what the methods share ---------------------------------------------------------------------------
-
-
-def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p‖q) of each row, `(B,)`; 0·log 0 counts as 0."""
-    p = log_p.exp()
-    return (p * (log_p - log_q).masked_fill(p == 0, 0)).sum(dim=1)
 
 
 def _label_against_others(logits: Tensor, labels: Tensor) -> Tensor:
