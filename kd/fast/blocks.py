@@ -53,8 +53,7 @@ def unavailable() -> str:
     capability = torch.backends.cpu.get_cpu_capability()
     if capability not in ("AVX2", "AVX512"):
         return f"the fused blocks need a CPU with AVX2 or AVX-512; torch sees {capability}"
-    # blocks.cpp also compiles for AVX-512, but has not run there yet. Until then, the source that has run is taken.
-    source = Path(__file__).with_name("blocks_avx512.cpp" if capability == "AVX512" else "blocks.cpp")
+    source = Path(__file__).with_name("blocks.cpp")
     flags = ["-ffp-contract=fast"]
     if capability == "AVX512" and torch.cpu.get_capabilities()["avx512_bf16"]:
         flags += ["-mavx512bf16"]
