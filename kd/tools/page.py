@@ -20,6 +20,7 @@ from PIL import Image
 from kd import BadInput
 from kd.data.frames import Data, Split, center_crop
 from kd.machine.files import write_atomic
+from kd.methods import TEMPERED
 from kd.scores import (SIGNIFICANCE, calibration_bins, compare_paired, format_points, gain_lines, log_softmax, minus,
                        softmax)
 from kd.tools import arguments, plots, predictions
@@ -132,12 +133,13 @@ def render(result: dict[str, Any], history: list[dict[str, Any]], content: Predi
     """The page as HTML, from what result.json, metrics.jsonl and predictions.npz hold."""
     roles = [role for role in ROLES if role in content.logits and role in result]
     history = [entry for entry in history if entry["role"] in roles]
-    temperature = float(result["config"]["temperature"])
-    select = result["config"].get("select", "best")     # older runs had no choice
+    tempered = result["config"].get("method", "kd") in TEMPERED     # older runs had no choice of a method
+    temperature = float(result["config"]["temperature"]) if tempered else 1.0
+    select = result["config"].get("select", "best")                 # nor of the weights
     return environment().get_template("page.html.j2").render(
         css=(FOLDER / "page.css").read_text("utf-8"), light=plots.LIGHT, dark=plots.DARK,
-        result=result, roles=roles, rows={role: result[role] for role in roles}, temperature=temperature,
-        gain=gain_from_teacher(result, content),
+        result=result, roles=roles, rows={role: result[role] for role in roles}, tempered=tempered,
+        temperature=temperature, gain=gain_from_teacher(result, content),
         select=select, curves={key: plots.curves(history, key, select) for key in ("accuracy", "loss", "train_loss")},
         confusion={role: confusion(np.array(result[role]["confusion"]), role) for role in roles},
         reliability={role: reliability(content, role) for role in roles},

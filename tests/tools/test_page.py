@@ -210,6 +210,17 @@ def test_gain_and_headroom_are_said_in_the_words_of_the_console(run, text, parse
     assert "gift" not in text
 
 
+@pytest.mark.parametrize("method, tempered", [("kd", True), ("dkd", True), ("hard", False), ("rkd", False)])
+def test_the_temperature_is_shown_where_the_method_reads_it(run, monkeypatch, method, tempered):
+    monkeypatch.setattr(plots, "draw_plot", lambda *_: NO_PLOT)     # no part of it
+    result = json.loads((run / "result.json").read_text())
+    result["config"]["method"] = method
+    text = page.render(result, [], read_predictions(run / "predictions.npz"))
+    for shown in ("T = 4, λ = 0.5", "as it teaches or learns (T = 4)", "T=4</th>"):
+        assert (shown in text) == tempered, shown
+    assert "λ = 0.5" in text and "as it predicts (T = 1)" in text and "T=1</th>" in text
+
+
 def test_names_from_outside_are_text(text, parsed):
     assert HOSTILE not in text and "&lt;script&gt;alert(1)&lt;/script&gt;" in text
     assert parsed.tables[1][2][0] == f"2 {HOSTILE}"
