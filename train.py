@@ -48,12 +48,14 @@ class Config:
 
     # Data
     dataset: str = flag("beans", "leaves (drawn, offline), a Hub dataset id, or a folder")
-    config: str = flag("", "its configuration, where it has several")
-    image: str = flag("", "its column of pictures, where that cannot be told")
-    label: str = flag("", "its column of labels, where that cannot be told")
-    follow_links: bool = flag(False, "follow links that lead out of its folder")
-    labels: int = flag(0, "keep that many labels of train, as many of each class, drawn by --seed; the "
-                       "student learns the other pictures from its teacher only; 0: all labels", low=0)
+    config: str = flag("", "configuration of --dataset, where it has several")
+    image: str = flag("", "column of --dataset with the pictures, where that cannot be told")
+    label: str = flag("", "column of --dataset with the labels, where that cannot be told")
+    follow_links: bool = flag(False, "follow links that lead out of the folder of --dataset or "
+                              "--unlabelled")
+    labels: int = flag(0, "keep that many labels of train, drawn by --seed, equally many of each class; "
+                       "the student learns the other pictures from its teacher only; 0: all labels",
+                       low=0)
     unlabelled: str = flag("", "more pictures for the student, without labels: a folder or a data set")
     size: int = flag(224, "side of the square input, in pixels", low=16)
     teacher_size: int = flag(0, "side of the teacher's input, if it is another one: it then sees the "
@@ -115,13 +117,15 @@ class Config:
     save_minutes: float = flag(10.0, "a checkpoint this often, and after every epoch", low=0)
     quiet: bool = flag(False, "print nothing but the closing line of JSON, and errors")
     push_to_hub: str = flag("", "upload the student to this Hub repository, such as someone/student")
-    push: str = flag("end", "upload it at the end, or also each time that it improves",
+    push: str = flag("end", "upload it at the end, or also whenever an epoch's weights are kept",
                      ("end", "every-epoch"))
-    private: bool = flag(False, "if that repository is new, make it private")
+    private: bool = flag(False, "if --push-to-hub makes a new repository, make it private")
 
     def size_of(self, role: str) -> int:
         """Side of the input of "teacher", "control" or "student", in pixels."""
-        return self.teacher_size or self.size if role == "teacher" else self.size
+        if role == "teacher" and self.teacher_size:
+            return self.teacher_size
+        return self.size
 
     @classmethod
     def of(cls, recipe: str = "demo", **flags: Any) -> "Config":
@@ -214,14 +218,13 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch
     total = torch.zeros((), device=batch.pixels.device)
     parts = distributed.split_batch(rows, cfg.accumulate)     # slices; by default one, of all rows
     for part in parts:
-        # DistributedDataParallel averages the gradients over the ranks. Once is enough, in the
-        # backward of the last part. It decides that in the forward.
+        # DistributedDataParallel averages the gradients over the ranks in `backward`. Once is enough,
+        # so only the last part does it. Which part that is must be known in the forward.
         with machine.autocast(), distributed.sync_gradients(model, part is parts[-1]):
             outputs = model(batch.pixels[part])
         teacher_part = None if teacher_outputs is None else teacher_outputs[part]
         loss = loss_fn(outputs, teacher_part, batch.labels[part])
-        # A mean over fewer rows counts less: rows of the part ÷ rows of this rank, times batch.weight,
-        # which is rows of this rank ÷ mean rows per rank (1, unless a batch is shared unevenly).
+        # A mean over fewer rows counts less, both among the parts and among the ranks.
         loss = loss * (batch.weight * len(outputs) / rows)
         scaler.scale(loss).backward()                         # the scale is 1, except in fp16
         total += loss.detach()
@@ -246,7 +249,7 @@ def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup: flo
 
 
 def fit(job: Job, cfg: Config, run: Run) -> None:
-    """Train `job.model`. The weights that are best on validation are saved to `run.out / job.role`.
+    """Train `job.model`. The weights of its best epoch, or its last, are saved to `run.out / job.role`.
 
     The teacher, the control and the student all come through here. Only the student has a
     `job.teacher`.
@@ -327,11 +330,11 @@ def fit(job: Job, cfg: Config, run: Run) -> None:
                          f"{job.role} validation", run.stop_if_requested)
         result = scores(logits, validation.labels)
 
-        # ---- keep the best weights, write the log ------------------------------------------------
-        keep = result["accuracy"] > position.best or cfg.select == "last"
+        # ---- keep the weights, write the log ----------------------------------------------------
+        keep = result["accuracy"] > position.kept_accuracy or cfg.select == "last"
         if keep:
-            position.best, position.best_epoch = result["accuracy"], epoch + 1
-            row = {**result, "best_epoch": position.best_epoch}
+            position.kept_accuracy, position.kept_epoch = result["accuracy"], epoch + 1
+            row = {**result, "kept_epoch": position.kept_epoch}
             models.save(model, run.out / job.role, job.data.classes, job.prep, job.views.size,
                         model_card(cfg, job.role, {job.role: row}))
         entry = epoch_entry(job, position, result, optimizer.param_groups[0]["lr"], guard.skipped)
@@ -389,30 +392,32 @@ def main(cfg: Config) -> dict[str, Any]:
     teacher_prep = models.preprocessing(teacher_model)._replace(crop_pct=prep.crop_pct)
     methods.check_models(cfg, teacher_model, student)
 
-    data = teacher_data = decode_for(prep, cfg.size, dataset, cfg, run)
+    data = data_for_teacher = decode_for(prep, cfg.size, dataset, cfg, run)
     teacher_size = cfg.size_of("teacher")
     if (teacher_prep.interpolation, teacher_size) != (prep.interpolation, cfg.size):
-        teacher_data = decode_for(teacher_prep, teacher_size, dataset, cfg, run)
+        data_for_teacher = decode_for(teacher_prep, teacher_size, dataset, cfg, run)
     # Teacher and control learn from the labelled pictures, the student from all of them.
     usable = few_labels.usable_rows(data)                     # of --unlabelled
-    pictures = teacher_pictures = few_labels.by_role(data, cfg.labels, cfg.seed, usable)
-    if teacher_data is not data:
-        teacher_pictures = few_labels.by_role(teacher_data, cfg.labels, cfg.seed, usable)
+    by_role = few_labels.by_role(data, cfg.labels, cfg.seed, usable)
+    by_role_for_teacher = by_role                             # the same pictures, as the teacher sees them
+    if data_for_teacher is not data:
+        by_role_for_teacher = few_labels.by_role(data_for_teacher, cfg.labels, cfg.seed, usable)
     # These must be the same in every rank, and the same as before a resume.
+    given = models.digest(student) if cfg.student_weights != "none" else "none"
     run.must_match(dataset=data.digest(), teacher_weights=models.digest(teacher_model),
-                   amp=str(machine.amp))
+                   student_weights=given, amp=str(machine.amp))
     run.write_config(data=record(dataset))                    # from here on, the folder is a run
     views = Views(cfg.seed, cfg.size, AUGMENTATIONS[cfg.augment], cfg.views)
     loss_name = choose_loss(data, views, cfg.kd_weight, cfg, machine)[1]
     # Other kernels round differently: a resumed run says so.
     run.computes_with(f"{machine.line}, {type(student).__name__}, loss {loss_name}")
-    print(headline(dataset.name, pictures, teacher_model, student, loss_name, cfg, machine),
+    print(headline(dataset.name, by_role, teacher_model, student, loss_name, cfg, machine),
           *duplicates(data), sep="\n")                        # equal pictures in two splits
 
     # ---- 2. The teacher is fine-tuned, by the same loop, on fresh views. --------------------------
     if cfg.teacher_epochs:
         teacher_views = Views(cfg.seed, teacher_size, AUGMENTATIONS[cfg.teacher_augment], count=0)
-        job = Job("teacher", teacher_model, teacher_prep, teacher_pictures.teacher, teacher_views,
+        job = Job("teacher", teacher_model, teacher_prep, by_role_for_teacher.teacher, teacher_views,
                   precision_for(teacher_model, cfg, machine), cfg.teacher_epochs, cfg.teacher_lr)
         train_once(job, cfg, run)
     else:
@@ -421,14 +426,14 @@ def main(cfg: Config) -> dict[str, Any]:
 
     # ---- 3. It is frozen. From here on it only answers, and each answer is kept. ------------------
     options = StoreOptions(Path(cfg.cache_dir).expanduser(), cfg.topk, cfg.temperature,
-                           with_features=cfg.method in methods.ON_FEATURES)
-    teacher = Teacher(models.freeze(teacher_model), teacher_prep, teacher_pictures.student,
+                           with_features=cfg.kd_weight > 0 and cfg.method in methods.ON_FEATURES)
+    teacher = Teacher(models.freeze(teacher_model), teacher_prep, by_role_for_teacher.student,
                       dataclasses.replace(views, size=teacher_size), machine, options)
     run.flush_before_save(teacher.store)      # a checkpoint finds all its answers on the disk
-    validation_logits = teacher.predict(teacher_data.validation, "teacher validation",
+    validation_logits = teacher.predict(data_for_teacher.validation, "teacher validation",
                                         run.stop_if_requested)
     accuracy = scores(validation_logits, data.validation.labels)["accuracy"]
-    test_logits = {"teacher": teacher.predict(teacher_data.test, "teacher test",
+    test_logits = {"teacher": teacher.predict(data_for_teacher.test, "teacher test",
                                               run.stop_if_requested)}
     rows = {"teacher": test_row(cfg.teacher, models.parameters(teacher_model),
                                 scores(test_logits["teacher"], data.test.labels), accuracy)}
@@ -438,16 +443,18 @@ def main(cfg: Config) -> dict[str, Any]:
 
     for role in ("control", "student") if cfg.control else ("student",):
 
-        # ---- 4. The control, then the student: the same initial weights, batches and views. -------
+        # ---- 4. The control, then the student: the same initial weights, as many steps. -----------
         model = build("student", data.classes, cfg, machine)
-        # At λ = 0 nothing is learned from a picture without a label: the student is one more control.
-        job = Job(role, model, prep, getattr(pictures, role if cfg.kd_weight else "control"), views,
-                  precision_for(model, cfg, machine), cfg.epochs, cfg.lr)
         if role == "student" and cfg.kd_weight:
-            job.kd_weight, job.teacher = cfg.kd_weight, teacher
             if cfg.method == "simkd":
                 features.reuse_head(model, teacher_model)
-        train_once(job, cfg, run)                             # the best weights are now in `model`
+            job = Job(role, model, prep, by_role.student, views, precision_for(model, cfg, machine),
+                      cfg.epochs, cfg.lr, cfg.kd_weight, teacher)
+        else:
+            # At λ = 0 nothing is learned from a picture without a label, so the student is a control.
+            job = Job(role, model, prep, by_role.control, views, precision_for(model, cfg, machine),
+                      cfg.epochs, cfg.lr)
+        train_once(job, cfg, run)                             # the kept weights are now in `model`
 
         # ---- 5. These weights, once, on test, in the precision in which they will be used. ---------
         test_logits[role] = predict(model, data.test.frames, prep, cfg.size, machine,
@@ -488,8 +495,9 @@ def check(cfg: Config) -> None:
                        "the teacher a share, or leave it out")
     hub.check(cfg.push_to_hub)
     if cfg.overwrite and not cfg.resume:
-        refuse_inside(folder_of(cfg), "--teacher", cfg.teacher.removeprefix("local-dir:"))
-        refuse_inside(folder_of(cfg), "--teacher-weights", cfg.teacher_weights)
+        for role in ("teacher", "student"):
+            refuse_inside(folder_of(cfg), f"--{role}", getattr(cfg, role).removeprefix("local-dir:"))
+            refuse_inside(folder_of(cfg), f"--{role}-weights", getattr(cfg, f"{role}_weights"))
 
 
 def folder_of(cfg: Config) -> Path:
@@ -503,10 +511,8 @@ def build(role: str, classes: tuple[str, ...], cfg: Config, machine: Runtime) ->
     torch.manual_seed(cfg.seed)
     size = cfg.size_of(role)
     option = "--teacher-size" if role == "teacher" and cfg.teacher_size else "--size"
-    if role == "teacher":
-        model = models.create("teacher", cfg.teacher, classes, cfg.teacher_weights, size, option=option)
-    else:
-        model = models.create("student", cfg.student, classes, cfg.student_weights, size)
+    name, weights = getattr(cfg, role), getattr(cfg, f"{role}_weights")
+    model = models.create(role, name, classes, weights, size, option=option)
     model = model.to(machine.device).to(memory_format=torch.channels_last)
     models.check_size(model, size, option)
     if cfg.sync_bn:
@@ -536,11 +542,11 @@ def choose_loss(data: Data, views: Views, kd_weight: float, cfg: Config,
 
 
 def train_once(job: Job, cfg: Config, run: Run) -> None:
-    """`fit`, unless a resumed run has done so already. Then the best weights are in `job.model`."""
+    """`fit`, unless a resumed run has done so already. Then the kept weights are in `job.model`."""
     if not run.done(job.role):
         fit(job, cfg, run)
         run.mark_done(job.role)
-    run.load_best(job.role, job.model)
+    run.load_kept(job.role, job.model)
 
 
 def headline(name: str, pictures: few_labels.ByRole, teacher: nn.Module, student: nn.Module,
@@ -559,8 +565,8 @@ def headline(name: str, pictures: few_labels.ByRole, teacher: nn.Module, student
 
 def model_card(cfg: Config, role: str, rows: dict[str, dict[str, Any]]) -> str:
     """README.md of a saved folder. rows: its own scores on validation, or at the end all on test."""
-    # that makes this run again, also where its teacher is weak
-    command = cli.command(cfg, RECIPES, FREE_ON_RESUME - {"allow_weak_teacher"})
+    # the command that makes this run again, with what its data and its teacher need
+    command = cli.command(cfg, RECIPES, FREE_ON_RESUME - {"allow_weak_teacher", "follow_links"})
     return card.render_card(role, rows, dataclasses.asdict(cfg), command)
 
 
@@ -583,8 +589,7 @@ def summarise(rows: dict[str, dict[str, Any]], test_logits: dict[str, np.ndarray
             "environment": runtime.environment(), "commit": run.commit}
 
 
-def push(run: Run, cfg: Config,
-         message: str = "kd: the best student by validation accuracy") -> None:
+def push(run: Run, cfg: Config, message: str = "kd: the student of a finished run") -> None:
     """Upload the student, if --push-to-hub says so. A failure is one line and harms nothing."""
     if cfg.push_to_hub and distributed.rank() == 0:
         print(hub.push_folder(str(run.out / "student"), cfg.push_to_hub, message, cfg.private,

@@ -28,8 +28,8 @@ class Batch(NamedTuple):
 def epoch_batches(seed: int, epoch: int, samples: int, batch_size: int) -> list[np.ndarray]:
     """The batches of an epoch, each int64 `(B,)` of sample numbers: a shuffle that depends only on (seed, epoch).
 
-    The last batch may be short, down to half a batch. A shorter one joins the batch before it: so every batch can be
-    shared by as many ranks as half a batch has samples, and BatchNorm never meets a single sample.
+    The last batch may be short, down to half a batch. A shorter one joins the batch before it, which then has up to
+    1.5 times as many samples as the others. So BatchNorm never meets a single sample, in any rank.
     """
     order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(samples)
     cuts = list(range(batch_size, samples, batch_size))

@@ -26,33 +26,33 @@ class ByRole(NamedTuple):
     student: Data       # all pictures; those without a label have NO_LABEL
 
 
-def by_role(data: Data, labels: int, seed: int, unlabelled: np.ndarray | None = None) -> ByRole:
-    """Keep only that many labels of train (0: all), and let the student learn from the other pictures too.
+def by_role(data: Data, count: int, seed: int, unlabelled: np.ndarray | None = None) -> ByRole:
+    """Keep only `count` labels of train (0: all), and let the student learn from the other pictures too.
 
     unlabelled: (U,) int64, the rows of `data.unlabelled` to learn from, as `usable_rows` gives them.
-    All of train comes first in the student's data, in its own order. So the teacher's logits of it can
-    be used again whatever the number of labels and the seed.
+    All of train comes first in the student's data, in its own order. So the number of labels does not
+    decide which logits of a teacher are in the store.
 
     The control takes as many steps as the student. Each time round, it sees other views.
 
     Raises BadInput as `keep_labels` does.
     """
-    if not labels and unlabelled is None:
+    if not count and unlabelled is None:
         return ByRole(data, data, data)
 
     train = data.train
-    kept = keep_labels(train.labels, labels, seed) if labels else np.arange(len(train))
-    few = np.full(len(train), NO_LABEL, np.int64)
-    few[kept] = train.labels[kept]
-    everything = Split(train.frames, few)
+    labelled = keep_labels(train.labels, count, seed) if count else np.arange(len(train))
+    known = np.full(len(train), NO_LABEL, np.int64)
+    known[labelled] = train.labels[labelled]
+    everything = Split(train.frames, known)
     if unlabelled is not None:
         assert data.unlabelled is not None
         rows = np.concatenate([np.arange(len(train)), len(train) + unlabelled])
         everything = _joined([train.frames, data.unlabelled.frames], rows,
-                             np.append(few, np.full(len(unlabelled), NO_LABEL, np.int64)))
+                             np.append(known, np.full(len(unlabelled), NO_LABEL, np.int64)))
 
-    again = np.resize(kept, len(everything))    # kept, kept, ... as long as everything
-    return ByRole(replace(data, train=_joined([train.frames], kept, train.labels[kept])),
+    again = np.resize(labelled, len(everything))    # labelled, labelled, ... as long as everything
+    return ByRole(replace(data, train=_joined([train.frames], labelled, train.labels[labelled])),
                   replace(data, train=_joined([train.frames], again, train.labels[again])),
                   replace(data, train=everything))
 
@@ -62,7 +62,7 @@ def _joined(parts: Sequence[Frames], rows: np.ndarray, labels: np.ndarray) -> Sp
 
 
 def usable_rows(data: Data, say: Say = print) -> np.ndarray | None:
-    """(U,) int64, the pictures without a label that are not in train, validation or test; None without a source.
+    """(U,) int64, the pictures without a label that are not in train, validation or test; None without --unlabelled.
 
     `say` is told how many are left out: the student must not learn the very pictures that it is
     tested on. Raises BadInput where none is left.
@@ -83,7 +83,7 @@ def usable_rows(data: Data, say: Say = print) -> np.ndarray | None:
 def keep_labels(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     """(count,) int64, sorted: the pictures that keep their label.
 
-    Each class gets one in turn, as long as it has any left: with 5 classes and 25 labels, 5 of each. So
+    The classes take turns, as long as they have any left: with 5 classes and 25 labels, 5 of each. So
     the choice for a smaller count is part of the one for a larger count. Which pictures of a class
     come first depends on `seed`.
 
@@ -97,7 +97,8 @@ def keep_labels(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     for label in classes:
         rows = np.flatnonzero(labels == label)
         turn[np.random.default_rng([seed, int(label)]).permutation(rows)] = np.arange(len(rows))
-    return np.sort(np.lexsort((labels, turn))[:count])
+    in_turn = np.lexsort((labels, turn))        # the first picture of every class, then the second, ...
+    return np.sort(in_turn[:count])
 
 
 class JoinedFrames:

@@ -68,6 +68,10 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor | None, labels: Tenso
 
     if kd_weight < 1:
         check_label_range(labels, s.shape[1])
+        if labels.is_floating_point():      # PyTorch would smooth a row of zeros, too
+            share = label_smoothing / s.shape[1]
+            labels = (1 - label_smoothing) * labels + share * labels.sum(dim=1, keepdim=True)
+            label_smoothing = 0.0
         ce = F.cross_entropy(s, labels, ignore_index=NO_LABEL, reduction="sum",
                              label_smoothing=label_smoothing)
         loss = loss + (1 - kd_weight) * ce
@@ -97,7 +101,8 @@ def choose(loss: str, device: torch.device, temperature: float, kd_weight: float
            standardised: bool = False) -> tuple[LossFunction, str]:
     """The loss as a function of (student_outputs, teacher_outputs, labels), and its name to print.
 
-    loss          "reference" is `kd_loss`, "fused" is `fused_kd_loss`, "auto" is the faster one
+    loss          "reference" is `kd_loss`, "fused" is `fused_kd_loss`, "auto" is the fused one
+                  where it applies and pays, else the reference
     soft_labels   whether labels are (B, C) probabilities, as mixup makes them
     kernels       False for --kernels off: "auto" is then the reference
     method        another than "kd" is computed in plain operations (`kd/methods.py`)

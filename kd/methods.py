@@ -39,7 +39,7 @@ def kd(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> 
     """T²·KL(p‖q), where p = softmax(teacher / T) and q = softmax(student / T).
 
     Hinton, Vinyals & Dean 2015, arXiv:1503.02531. Its minimum is 0, at equal logits. This function serves
-    --standardise. Without it, --method kd goes through `losses.choose` to the fused loss, which is faster.
+    --standardise. Without it, `losses.choose` takes the fused loss, which is faster, or `kd_loss` itself.
     """
     return kd_loss(student, teacher, labels, temperature, kd_weight=1.0)
 
@@ -122,13 +122,13 @@ def pkt(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float,
     return weight * kl_of_rows(p.log(), q.clamp(min=1e-7).log()).mean()
 
 
-def rkd(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, distances: float = 25.0,
-        angles: float = 50.0) -> Tensor:
-    """25·mean_{i<j} huber(d_ij − d′_ij) + 50·mean_{ijk} huber(a_ijk − a′_ijk), a prime marks the teacher's.
+def rkd(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, distance_weight: float = 25.0,
+        angle_weight: float = 50.0) -> Tensor:
+    """w_d·mean_{i<j} huber(d_ij − d′_ij) + w_a·mean_{ijk} huber(a_ijk − a′_ijk), a prime marks the teacher's.
 
         d_ij = ‖h_i − h_j‖ / their mean over all pairs      a_ijk = cosine of the angle at h_j
 
-    Park et al. 2019, arXiv:1904.05068, with their weights for classification. Its minimum is 0, at equal
+    Park et al. 2019, arXiv:1904.05068, with their weights for classification, 25 and 50. Its minimum is 0, at equal
     features. The width of the student's features may differ. The paper sums; the means here are over pairs
     and triples of different pictures, and those of the authors' code over all B² and B³. It needs memory
     for B²·D numbers: 5 MB for 32 pictures of 1280 features, 5 GB for 1024.
@@ -137,7 +137,7 @@ def rkd(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, di
     pairs, triples = max(math.comb(rows, 2), 1), max(rows * (rows - 1) * (rows - 2), 1)
     distance = F.smooth_l1_loss(_distances(student), _distances(teacher), reduction="sum") / pairs
     angle = F.smooth_l1_loss(_angles(student), _angles(teacher), reduction="sum") / triples
-    return distances * distance + angles * angle
+    return distance_weight * distance + angle_weight * angle
 
 
 def simkd(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:

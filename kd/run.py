@@ -68,6 +68,10 @@ class Clock:
         return running
 
 
+# what older checkpoints call the fields of a position
+RENAMED = {"best": "kept_accuracy", "best_epoch": "kept_epoch"}
+
+
 @dataclass
 class Position:
     """Where a training stands. With the weights and the optimizer, this is all that a resumed run needs."""
@@ -76,8 +80,8 @@ class Position:
     loss_sum: Tensor                # scalar on the device, float64 if it can: of this epoch, over this rank's steps
     epoch: int = 0                  # epochs that are complete
     step: int = 0                   # steps of the next one that are done
-    best: float = -1.0              # the best validation accuracy
-    best_epoch: int = 0             # and its epoch, counted from 1
+    kept_accuracy: float = -1.0     # on validation, of the weights that are kept: of the best epoch, or of the last
+    kept_epoch: int = 0             # and their epoch, counted from 1
     clock: Clock = field(default_factory=Clock)     # seconds of training in this epoch
 
     def next_epoch(self) -> None:
@@ -179,7 +183,7 @@ class Run:
             checkpoint_content, self._saved_training = self._saved_training, {}
             for name, thing in saved.items():
                 thing.load_state_dict(checkpoint_content[name])
-            values = dict(checkpoint_content["position"])
+            values = {RENAMED.get(name, name): value for name, value in checkpoint_content["position"].items()}
             position.loss_sum.fill_(values.pop("loss_sum"))
             position.clock = Clock(values.pop("train_seconds"))
             for name, value in values.items():
@@ -213,8 +217,8 @@ class Run:
             "arithmetic": self.arithmetic, "seconds": self.seconds,
             "position": {"role": position.role, "epoch": position.epoch, "step": position.step,
                          "loss_sum": distributed.mean_over_ranks(position.loss_sum).item(),
-                         "train_seconds": position.clock.seconds, "best": position.best,
-                         "best_epoch": position.best_epoch},
+                         "train_seconds": position.clock.seconds, "kept_accuracy": position.kept_accuracy,
+                         "kept_epoch": position.kept_epoch},
             **{name: thing.state_dict() for name, thing in self._saved.items()}})
         self._last_save = time.monotonic()
         # the ranks meet here, so that the logits of all of them are on the disk before any goes on
@@ -254,8 +258,8 @@ class Run:
         accuracies = [entry["accuracy"] for entry in self.history if entry["role"] == role]
         return accuracies[-1] if select == "last" else max(accuracies)
 
-    def load_best(self, role: str, model: nn.Module) -> None:
-        """Put the best weights of a role, which are on rank 0's disk, into every rank's `model`."""
+    def load_kept(self, role: str, model: nn.Module) -> None:
+        """Put the kept weights of a role, which are on rank 0's disk, into every rank's `model`."""
         merge_head(model)                   # as in the folder
         if distributed.rank() == 0:
             models.load_saved(self.out / role, model)

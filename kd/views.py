@@ -4,8 +4,8 @@ A view must come out the same, bit for bit, in any worker, in any order of batch
 and the student alike. ("A good teacher is patient and consistent", Beyer et al. 2022: both must see the same crop.)
 
 So every random number is a hash of a key (a counter-based generator, Salmon et al. 2011), never a draw from a
-generator with state. And every pixel is computed by elementwise operations, whose rounding does not depend on which
-other samples share the batch.
+generator with state. And every pixel is computed by operations that treat each sample alone, so its rounding does not
+depend on which other samples share the batch.
 
 The random numbers are made on the host, about ten a sample. The pixels are made on the device, a batch at a time.
 """

@@ -12,6 +12,7 @@ import train
 from kd import BadInput, features, models
 from kd.fast.folding import fold_batchnorm
 from kd.features import ReusedHead, logits_and_features, merge_head, reuse_head, width
+from kd.teacher import StoreOptions
 
 CLASSES = ("a", "b", "c", "d")
 
@@ -63,6 +64,19 @@ def test_logits_that_are_not_made_of_the_pooled_features_are_seen():
 def test_a_method_on_features_refuses_such_a_model_before_it_trains(tiny):
     with pytest.raises(BadInput, match="^--student levit_128s: has no pooled features for --method simkd"):
         train.main(dataclasses.replace(tiny, method="simkd", student="levit_128s", size=224))
+
+
+def test_at_weight_0_the_teacher_is_not_asked_for_features(tiny, monkeypatch):
+    asked = []
+
+    def recorded(*arguments, with_features: bool) -> StoreOptions:
+        asked.append(with_features)
+        return StoreOptions(*arguments, with_features=with_features)
+
+    monkeypatch.setattr(train, "StoreOptions", recorded)
+    for weight in (0.0, 0.5):
+        train.main(dataclasses.replace(tiny, epochs=1, method="pkt", kd_weight=weight, out=f"{tiny.out}-{weight}"))
+    assert asked == [False, True]
 
 
 def test_the_merged_head_gives_the_same_logits_and_is_what_timm_builds():

@@ -212,6 +212,17 @@ def test_a_student_may_start_from_a_saved_model(tiny, trained):
     assert result["control"]["test_total"] == 12
 
 
+def test_a_resumed_run_refuses_other_weights_of_the_student(tiny, trained, tmp_path):
+    finished, _ = trained
+    start = tmp_path / "start.safetensors"
+    start.write_bytes(Path(finished.out, "student", "model.safetensors").read_bytes())
+    config = dataclasses.replace(tiny, student_weights=str(start), control=True)
+    stop_at_step(config, count_batches(42, 8) + 1)      # the teacher's epoch, and a step of the control
+    start.write_bytes(start.read_bytes()[:-4] + np.float32(0.5).tobytes())      # another last weight
+    with pytest.raises(BadInput, match="--resume: what --student-weights stands for has changed"):
+        train.main(dataclasses.replace(config, resume=True))
+
+
 def test_without_the_teachers_share_the_student_is_one_more_control(tiny):
     result = train.main(dataclasses.replace(tiny, labels=9, kd_weight=0.0, control=True))
     assert result["student"] == result["control"]

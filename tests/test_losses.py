@@ -222,6 +222,9 @@ def test_label_smoothing_gives_a_share_of_each_label_to_all_classes_alike():
     smoothed = 0.7 * F.one_hot(labels.clamp(min=0), 4) + 0.3 / 4
     expected = -(smoothed * F.log_softmax(student, 1))[labels != NO_LABEL].sum() / 6
     assert torch.allclose(kd_loss(student, None, labels, 1.0, 0.0, label_smoothing=0.3), expected)
+    # the same as probabilities, which mixup gives; a row of zeros has no label
+    probabilities = F.one_hot(labels.clamp(min=0), 4) * (labels != NO_LABEL)[:, None].float()
+    assert torch.allclose(kd_loss(student, None, probabilities, 1.0, 0.0, label_smoothing=0.3), expected)
     loss_fn, name = choose("auto", CPU, 1.0, 0.0, 4, soft_labels=False, kernels=True, label_smoothing=0.3)
     assert name == "reference" and torch.allclose(loss_fn(student, None, labels), expected)
     with pytest.raises(BadInput, match="--loss fused: knows no --label-smoothing"):

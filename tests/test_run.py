@@ -277,8 +277,8 @@ def test_a_training_goes_on_where_it_was_saved(tmp_path):
     opened.log({"role": "student", "epoch": 1})
     opened.roles_done.append("teacher")
     position, model, optimizer = restore(opened)
-    assert (position.epoch, position.step, position.best) == (0, 0, -1.0)
-    position.epoch, position.step, position.best, position.best_epoch = 1, 4, 0.75, 1
+    assert (position.epoch, position.step, position.kept_accuracy) == (0, 0, -1.0)
+    position.epoch, position.step, position.kept_accuracy, position.kept_epoch = 1, 4, 0.75, 1
     position.loss_sum += 2.5
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
@@ -288,11 +288,19 @@ def test_a_training_goes_on_where_it_was_saved(tmp_path):
     assert again.done("teacher") and not again.done("student") and again.facts == FACTS
     assert [(entry["role"], entry["epoch"]) for entry in again.history] == [("student", 1)]
     restored, other_model, other_optimizer = restore(again)
-    assert (restored.role, restored.epoch, restored.step, restored.best, restored.best_epoch) == (
+    assert (restored.role, restored.epoch, restored.step, restored.kept_accuracy, restored.kept_epoch) == (
         "student", 1, 4, 0.75, 1)
     assert restored.loss_sum.item() == 2.5 and restored.loss_sum.dtype == torch.float64
     assert torch.equal(other_model.weight, model.weight)  # type: ignore[arg-type]
     assert other_optimizer.state_dict()["state"].keys() == optimizer.state_dict()["state"].keys()
+    # a checkpoint from before these two fields had their names
+    content = checkpoint.load(tmp_path / "run" / "last.ckpt")
+    assert content is not None
+    for new, old in (("kept_accuracy", "best"), ("kept_epoch", "best_epoch")):
+        content["position"][old] = content["position"].pop(new)
+    checkpoint.save(tmp_path / "run" / "last.ckpt", content)
+    older = restore(Run(tmp_path / "run", {}, set(), resume=True))[0]
+    assert (older.kept_accuracy, older.kept_epoch) == (0.75, 1)
     # a second training of the same process begins at its start
     assert restore(again, "control")[0].epoch == 0
 

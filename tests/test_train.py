@@ -221,7 +221,8 @@ def finished(trained, tmp_path) -> train.Config:
     {"dataset": "RUN/phtos"}, {"student": "resnett50"}, {"batch_size": 3, "accumulate": 2},
     {"teacher_weights": "RUN/no.safetensors"}, {"teacher_weights": "RUN/teacher"}, {"teacher_weights": "RUN/notes.txt"},
     {"teacher_weights": "RUN/weights.safetensors"}, {"teacher_weights": "RUN/student/model.safetensors"},
-    {"teacher": "local-dir:RUN/teacher"}], ids=str)
+    {"teacher": "local-dir:RUN/teacher"}, {"student_weights": "RUN/student"}, {"student": "local-dir:RUN/student"}],
+    ids=str)
 def test_a_mistake_beside_overwrite_costs_nothing(finished, mistake):
     out = Path(finished.out)
     (out / "notes.txt").write_text("mine")

@@ -38,12 +38,12 @@ def show_loss(bar: tqdm, step: int, loss: Tensor) -> None:
         bar.set_postfix(loss=f"{loss.item():.3f}")
 
 
-def epoch_line(entry: dict[str, Any], epochs: int, best: bool) -> str:
-    """One epoch in one line. The star marks the best so far by validation accuracy."""
+def epoch_line(entry: dict[str, Any], epochs: int, kept: bool) -> str:
+    """One epoch in one line. The star marks weights that are kept."""
     return (f"{entry['role']:>7} {entry['epoch']:>{len(str(epochs))}}/{epochs}  train loss {entry['train_loss']:.4f}  "
             f"validation {100 * entry['accuracy']:5.1f} % "
             f"(macro-F1 {entry['macro_f1']:.3f}, loss {entry['loss']:.3f})  "
-            f"{entry['images_per_second']:6.1f} img/s{paint('  *', GREEN) if best else ''}")
+            f"{entry['images_per_second']:6.1f} img/s{paint('  *', GREEN) if kept else ''}")
 
 
 def teacher_line(row: dict[str, Any]) -> str:

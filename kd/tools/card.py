@@ -49,7 +49,7 @@ def render_card(role: str, rows: dict[str, dict[str, Any]], settings: Mapping[st
     if scores:
         total = scores[role].total
         resolution = f", of which {total} were scored: one is {100 / total:.2f} points"
-    best_epoch = rows.get(role, {}).get("best_epoch", 0) if split == "validation" else 0
+    kept_epoch = rows.get(role, {}).get("kept_epoch", 0) if split == "validation" else 0
 
     return f"""---
 {_metadata(role, settings, scores.get(role), split).strip()}
@@ -60,7 +60,7 @@ def render_card(role: str, rows: dict[str, dict[str, Any]], settings: Mapping[st
 
 ## Recipe
 
-{_recipe(role, settings, best_epoch)}
+{_recipe(role, settings, kept_epoch)}
 
 ## Scores on the {split} split
 
@@ -117,15 +117,15 @@ def _title(dataset: str) -> str:
     return Path(dataset).name if hub_id(dataset) is None else dataset
 
 
-def _recipe(role: str, settings: Mapping[str, Any], best_epoch: int) -> str:
-    """What was trained, as a Markdown list. best_epoch: of a training that is not over, else 0."""
+def _recipe(role: str, settings: Mapping[str, Any], kept_epoch: int) -> str:
+    """What was trained, as a Markdown list. kept_epoch: of a training that is not over, else 0."""
     pretrained = settings["teacher_weights"] == "imagenet"
     start = "from" if pretrained else "not from"
     whose = "its" if ":" in timm_name(settings["teacher"]) else "timm's"    # of a repository or folder
     tuning = (f"fine-tuned for {settings['teacher_epochs']} epochs" if settings["teacher_epochs"] else
               "used as loaded")
     control = "; the control's λ is 0" if role == "control" else ""
-    best = f" (epoch {best_epoch} so far)" if best_epoch else ""
+    best = f" (epoch {kept_epoch} so far)" if kept_epoch else ""
     weights = settings["student_weights"]
     student_start = "random weights" if weights == "none" else (
         "pretrained weights" if weights == "imagenet" else f"`{base_name(weights)}`")

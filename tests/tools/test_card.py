@@ -131,6 +131,8 @@ def test_the_card_of_data_on_this_machine_names_no_path_and_no_stranger(tmp_path
     assert str(tmp_path) not in student.content
     assert student.data.datasets is None and student.data.eval_results is None
     assert "\npython train.py --recipe tutorial --dataset photos --teacher-weights w.safetensors\n" in student.content
+    config = dataclasses.replace(config, follow_links=True)     # without it, the command would be refused
+    assert "--dataset photos --follow-links --teacher-weights" in train.model_card(config, "student", {})
 
 
 def test_the_card_is_written_with_validation_scores_and_at_the_end_with_test_scores(tiny, monkeypatch):
