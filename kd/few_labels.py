@@ -51,7 +51,7 @@ def by_role(data: Data, count: int, seed: int, unlabelled: np.ndarray | None = N
         everything = _joined([train.frames, data.unlabelled.frames], rows,
                              np.append(known, np.full(len(unlabelled), NO_LABEL, np.int64)))
 
-    again = np.resize(labelled, len(everything))    # labelled, labelled, ... as long as everything
+    again = rounds(labelled, len(everything), seed)
     return ByRole(replace(data, train=_joined([train.frames], labelled, train.labels[labelled])),
                   replace(data, train=_joined([train.frames], again, train.labels[again])),
                   replace(data, train=everything))
@@ -99,6 +99,15 @@ def keep_labels(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
         turn[np.random.default_rng([seed, int(label)]).permutation(rows)] = np.arange(len(rows))
     in_turn = np.lexsort((labels, turn))        # the first picture of every class, then the second, ...
     return np.sort(in_turn[:count])
+
+
+def rounds(labelled: np.ndarray, length: int, seed: int) -> np.ndarray:
+    """(length,) int64: the labelled pictures, as often round as that takes. In the last round some are left out.
+
+    `seed` decides which. The first ones would not do: in a data set that is sorted by class, they are of the first
+    classes only.
+    """
+    return np.resize(np.random.default_rng(seed).permutation(labelled), length)
 
 
 class JoinedFrames:

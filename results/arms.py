@@ -1,12 +1,14 @@
 """Experiments of several arms: what is kept of their runs, the differences between arms, and the tables and figures.
 
-    python -m results.arms keep RUN FOLDER      keep what the tables need of a run, as FOLDER/result.json
-    python -m results.arms                      print the tables and draw the figures anew
+    python -m results.arms keep FOLDER RUN ...      keep what the tables need of each RUN, in results/FOLDER
+    python -m results.arms                          print the tables and draw the figures anew
 
-A run keeps megabytes where there are 101 classes. What is kept here is its result without its confusion matrices, and
-for each role which pictures of validation and test it had right: a bit for each picture, in the order of the data set.
+A run keeps megabytes where there are 101 classes. What is kept here is its result without its confusion matrices, the
+true classes, and for each role which pictures of validation and test it had right: a bit for each picture, in the order
+of the data set.
 """
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -31,42 +33,54 @@ Runs = dict[int, dict[str, Any]]        # what is kept of the runs of one arm, b
 # ---- keeping a run -----------------------------------------------------------------------------------
 
 def keep(run: Path, folder: Path) -> None:
-    """Write FOLDER/result.json. Validation is predicted again, because a run keeps only its counts."""
+    """Write ARM/seed-N/result.json into `folder`, by the arm and the seed that the path of `run` ends in.
+
+    Validation is predicted again, because a run keeps only its counts.
+    """
     result = report.read_result(run)
     config = result["config"]
+    assert run.name == f"seed-{config['seed']}", run
     dataset = open_dataset(config["dataset"], say=lambda line: None)
     test = read_predictions(run / FILE)
     machine = runtime.start("cpu", "off", "off", "off")
-    result["right"], result["validation_total"] = {}, len(dataset.splits["validation"].labels)
+    names = {"validation": [dataset.splits["validation"].name_of(row)
+                            for row in range(len(dataset.splits["validation"].labels))], "test": list(test.names)}
+    labels = {"validation": dataset.splits["validation"].labels, "test": test.labels}
+    assert len(dataset.classes) <= 256      # a byte each
+    result["labels"] = {split: in_order(labels[split], names[split]).astype(np.uint8).tobytes().hex()
+                        for split in labels}
+    result["right"] = {}
     for role in report.ROLES:
         if role not in result:
             continue
-        confusion = np.array(result[role].pop("confusion"))
-        result[role]["test_class_mean"] = float((np.diag(confusion) / confusion.sum(axis=1)).mean())
-
+        del result[role]["confusion"]
         model, prep, size, _ = open_saved(str(run / role))
         data = decode(dataset, size=size, crop_pct=prep.crop_pct, interpolation=prep.interpolation,
                       cache_dir=config["cache_dir"])
         logits = predict(model, data.validation.frames, prep, size, machine, role)
-        names = [dataset.splits["validation"].name_of(row) for row in range(len(logits))]
-        result["right"][role] = {
-            "validation": _as_digits(logits.argmax(1) == data.validation.labels, names),
-            "test": _as_digits(test.correct(role), test.names)}
+        right = {"validation": logits.argmax(1) == labels["validation"], "test": test.correct(role)}
+        # The run predicted in its own precision. It must be the same model and the same pictures.
+        assert abs(right["validation"].mean() - result[role]["validation_accuracy"]) < 0.01, (run, role)
+        result["right"][role] = {split: np.packbits(in_order(right[split], names[split])).tobytes().hex()
+                                 for split in right}
+    weights = (run / "teacher" / "model.safetensors").read_bytes()
+    result["teacher_sha256"] = hashlib.sha256(weights).hexdigest()
     for key in ("dataset", "teacher_weights", "student_weights", "out", "cache_dir"):
         config[key] = Path(config[key]).name                # not where they lay on one machine
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    target = folder / run.parent.name / run.name
+    target.mkdir(parents=True, exist_ok=True)
+    (target / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
-def _as_digits(right: np.ndarray, names: Sequence[str]) -> str:
-    """Hexadecimal digits of `(N,)` bool, in the order of the data set.
+def in_order(values: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """`(N,)`, one for each picture, in the order of the data set.
 
     The arms that write folders of pictures (`results/few_labels.py`) name each picture by its row.
     """
     rows = [Path(name).stem for name in names]
     if all(row.isdigit() for row in rows) and len(set(rows)) == len(rows):
-        right = right[np.argsort([int(row) for row in rows])]
-    return np.packbits(right).tobytes().hex()
+        return values[np.argsort([int(row) for row in rows])]
+    return values
 
 
 # ---- comparing arms ----------------------------------------------------------------------------------
@@ -79,32 +93,72 @@ class Arm(NamedTuple):
 
 
 def read_runs(folder: str) -> Runs:
-    """The kept runs of a folder, by their seed; {} where there are none yet."""
+    """The kept runs of a folder, by their seed; {} where there are none yet. They must have equal settings."""
     kept = [json.loads(path.read_text("utf-8")) for path in sorted((HERE / folder).glob("seed-*/result.json"))]
+    for result in kept:
+        assert report.deciding(result["config"]) == report.deciding(kept[0]["config"]), folder
     return {result["config"]["seed"]: result for result in kept}
 
 
 def right(result: dict[str, Any], role: str, splits: Sequence[str]) -> np.ndarray:
     """Whether a role had each picture of these splits right, `(N,)` int64."""
-    totals = {"test": result[role]["test_total"], "validation": result["validation_total"]}
-    return np.concatenate([np.unpackbits(np.frombuffer(bytes.fromhex(result["right"][role][split]), np.uint8),
-                                         count=totals[split]) for split in splits]).astype(np.int64)
+    return np.concatenate([np.unpackbits(_bytes(result["right"][role][split]), count=len(labels_of(result, [split])))
+                           for split in splits]).astype(np.int64)
 
 
-def accuracies(arm: Arm, splits: Sequence[str] = ("test",)) -> list[float]:
-    """The share of right pictures of each run."""
-    return [right(result, arm.role, splits).mean() for result in read_runs(arm.folder).values()]
+def labels_of(result: dict[str, Any], splits: Sequence[str]) -> np.ndarray:
+    """The true class of each picture of these splits, `(N,)` uint8."""
+    return np.concatenate([_bytes(result["labels"][split]) for split in splits])
 
 
-def difference(arm: Arm, other: Arm, splits: Sequence[str] = ("test",)) -> dict[str, Any] | None:
-    """`arm` − `other` over the seeds that both have: n, mean, sd, and the 95 % interval over runs and pictures."""
+def _bytes(digits: str) -> np.ndarray:
+    return np.frombuffer(bytes.fromhex(digits), np.uint8)
+
+
+def balance(labels: np.ndarray) -> np.ndarray:
+    """`(N,)`, a weight for each picture, 1 on average, that gives every class the same sum.
+
+    The weighted mean of right pictures is the mean recall over the classes.
+    """
+    classes, places, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    return len(labels) / (len(classes) * counts[places])
+
+
+def accuracies(arm: Arm, splits: Sequence[str] = ("test",), by_class: bool = False) -> list[float]:
+    """The share of right pictures of each run; by_class: the mean of the classes' shares."""
+    shares = []
+    for result in read_runs(arm.folder).values():
+        values = right(result, arm.role, splits)
+        shares.append((values * balance(labels_of(result, splits))).mean() if by_class else values.mean())
+    return shares
+
+
+# In which settings two arms may always differ. Whether they have the same teacher is seen by its weights.
+OF_THE_TEACHER = {"teacher_weights", "teacher_epochs"}
+
+
+def difference(arm: Arm, other: Arm, splits: Sequence[str] = ("test",), by_class: bool = False,
+               allowed: frozenset[str] = frozenset()) -> dict[str, Any] | None:
+    """`arm` − `other` over the seeds that both have: n, mean, sd, and the 95 % interval over runs and pictures.
+
+    None for fewer than three seeds. The arms must have the same settings but the `allowed` ones, and the same teacher,
+    unless "teacher" is among those.
+    """
     ours, theirs = read_runs(arm.folder), read_runs(other.folder)
-    seeds = sorted(ours.keys() & theirs.keys())
-    if len(seeds) < 2:
+    gains = []
+    for seed in sorted(ours.keys() & theirs.keys()):
+        one, another = ours[seed], theirs[seed]
+        settings = report.differing([report.deciding(result["config"]) for result in (one, another)])
+        assert settings.keys() <= allowed | OF_THE_TEACHER, (arm, other, settings)
+        assert "teacher" in allowed or one["teacher_sha256"] == another["teacher_sha256"], (arm, other, seed)
+        labels = labels_of(one, splits)
+        assert np.array_equal(labels, labels_of(another, splits)), (arm, other)
+        gain = right(one, arm.role, splits) - right(another, other.role, splits)
+        gains.append(gain * balance(labels) if by_class else gain)
+    if len(gains) < 3:
         return None
-    gains = np.stack([right(ours[seed], arm.role, splits) - right(theirs[seed], other.role, splits)
-                      for seed in seeds])
-    return {**report.mean_and_sd(gains.mean(axis=1).tolist()), "interval": report.gain_interval(gains)}
+    values = np.stack(gains)
+    return {**report.mean_and_sd(values.mean(axis=1).tolist()), "interval": report.gain_interval(values)}
 
 
 def cell(shares: Sequence[float]) -> str:
@@ -112,10 +166,11 @@ def cell(shares: Sequence[float]) -> str:
     return f"{report.format_mean(report.mean_and_sd(list(shares)))} %" if shares else ""
 
 
-def versus(arm: Arm, other: Arm, splits: Sequence[str] = ("test",)) -> str:
-    """The cell of `arm` − `other`; empty where `difference` has none."""
-    values = difference(arm, other, splits)
-    return difference_cell(values) if values else ""
+def versus(arm: Arm, other: Arm, splits: Sequence[str] = ("test",), by_class: bool = False,
+           allowed: frozenset[str] = frozenset()) -> str:
+    """The cell of `arm` − `other`, with n; empty where `difference` has none."""
+    values = difference(arm, other, splits, by_class, allowed)
+    return f"{difference_cell(values)}, n = {values['n']}" if values else ""
 
 
 # ---- few labels --------------------------------------------------------------------------------------
@@ -131,69 +186,139 @@ def splits_of(kind: str) -> tuple[str, ...]:
     return BOTH if kind == "beans" else ("test",)
 
 
+def role_cells(folder: str, kind: str) -> list[str]:
+    """The accuracies of teacher, control and student, and the gain."""
+    splits = splits_of(kind)
+    return [*(cell(accuracies(Arm(folder, role), splits)) for role in report.ROLES),
+            versus(Arm(folder), Arm(folder, "control"), splits)]
+
+
+ROLE_HEAD = ["n", "teacher", "control", "student", "student − control"]
+
+
 def few_table() -> str:
     """A row for each number of labels: teacher, control, student on all pictures, and the gain."""
     rows = []
     for kind, labels in FEW:
+        folder = f"few/{kind}-{labels}-all"
+        if runs := read_runs(folder):
+            rows.append([NAMES[kind], str(labels), str(len(runs)), *role_cells(folder, kind)])
+    return markdown(["data", "labels", *ROLE_HEAD], rows)
+
+
+def by_class_table() -> str:
+    """The same runs, where every class counts alike, however many pictures it has."""
+    rows = []
+    for kind, labels in FEW:
         folder, splits = f"few/{kind}-{labels}-all", splits_of(kind)
-        runs = read_runs(folder)
-        if not runs:
-            continue
-        student, control = Arm(folder), Arm(folder, "control")
-        by_class = [cell([result[role]["test_class_mean"] for result in runs.values()])
-                    for role in ("control", "student")]
-        rows.append([NAMES[kind], str(labels), str(len(runs)),
-                     *(cell(accuracies(Arm(folder, role), splits)) for role in report.ROLES),
-                     versus(student, control, splits), " and ".join(by_class)])
-    return markdown(["data", "labels", "n", "teacher", "control", "student", "student − control",
-                     "mean per class, control and student"], rows)
+        if runs := read_runs(folder):
+            shares = [cell(accuracies(Arm(folder, role), splits, by_class=True)) for role in report.ROLES]
+            rows.append([NAMES[kind], str(labels), str(len(runs)), *shares,
+                         versus(Arm(folder), Arm(folder, "control"), splits, by_class=True)])
+    return markdown(["data", "labels", *ROLE_HEAD], rows)
 
 
+# what the difference is called, the two arms, and the settings in which they differ
 PARTS = [
-    ("KD on the labelled pictures − control", "labelled", "control"),
-    ("label smoothing − control", "smoothing", "control"),
-    ("KD on all pictures − on the labelled ones", "all", "labelled"),
-    ("KD on all − the teacher's hard labels on all", "all", "hard"),
-    ("KD on all − self-training by the control", "all", "self"),
+    ("label smoothing − control", "smoothing", "control", {"label_smoothing", "kd_weight"}),
+    ("KD on the labelled pictures − control", "labelled", "control", {"dataset", "labels"}),
+    ("KD on all pictures − on the labelled ones", "all", "labelled", {"dataset", "labels"}),
+    ("the teacher's hard labels on all − control", "hard", "control", {"method"}),
+    ("KD on all − the teacher's hard labels on all", "all", "hard", {"method"}),
+    ("self-training by the control − control", "self", "control", {"teacher", "teacher_size"}),
+    ("KD on all − self-training by the control", "all", "self", {"teacher", "teacher_size"}),
 ]
 
 
 def parts_table() -> str:
-    """What the gain is made of: differences between two arms that differ in one thing."""
+    """What the gain is made of: differences between two arms."""
+    columns = [(kind, labels) for kind, labels in FEW
+               if any((HERE / f"few/{kind}-{labels}-{name}").is_dir() for _, name, _, _ in PARTS if name != "all")]
+
     def arm(kind: str, labels: int, name: str) -> Arm:
         folder = f"few/{kind}-{labels}"
         return Arm(f"{folder}-all", "control") if name == "control" else Arm(f"{folder}-{name}")
 
-    columns = [(kind, labels) for kind, labels in FEW if (HERE / f"few/{kind}-{labels}-hard").is_dir()]
-    rows = []
-    for label, first, second in PARTS:
-        cells = [versus(arm(*column, first), arm(*column, second), splits_of(column[0])) for column in columns]
-        rows.append([label, *cells])
+    rows = [[label, *(versus(arm(*column, first), arm(*column, second), splits_of(column[0]),
+                             allowed=frozenset(allowed)) for column in columns)]
+            for label, first, second, allowed in PARTS]
     return markdown(["difference", *(f"{NAMES[kind]}, {labels} labels" for kind, labels in columns)], rows)
+
+
+def patience_table() -> str:
+    """The same labels in more steps, for student and control alike."""
+    rows = []
+    for kind, labels in FEW:
+        for steps, name in (("1 ×", "all"), ("3 ×", "patient-3"), ("10 ×", "patient-10")):
+            folder = f"few/{kind}-{labels}-{name}"
+            if (HERE / f"few/{kind}-{labels}-patient-3").is_dir() and (runs := read_runs(folder)):
+                rows.append([NAMES[kind], str(labels), steps, str(len(runs)), *role_cells(folder, kind)])
+    return markdown(["data", "labels", "steps", *ROLE_HEAD], rows)
+
+
+def pretrained_table() -> str:
+    """Student and control from ImageNet weights."""
+    rows = []
+    for kind, labels in (*FEW, ("beans", 1034)):
+        folder = f"few/{kind}-{labels}-pretrained"
+        if runs := read_runs(folder):
+            rows.append([NAMES[kind], str(labels), str(len(runs)), *role_cells(folder, kind)])
+    return markdown(["data", "labels", *ROLE_HEAD], rows)
+
+
+def wrong_table() -> str:
+    """All labels, of which some are wrong: the control has λ = 0."""
+    rows = []
+    for kind in NAMES:
+        for percent in (20, 40):
+            folder, splits = f"few/{kind}-wrong-{percent}", splits_of(kind)
+            if not (runs := read_runs(folder)):
+                continue
+            half = Arm(f"{folder}-half")
+            teacher, control, student, gain = role_cells(folder, kind)
+            rows.append([NAMES[kind], f"{percent} %", str(len(runs)), teacher, control, cell(accuracies(half, splits)),
+                         student, versus(half, Arm(folder, "control"), splits, allowed=frozenset({"kd_weight"})), gain])
+    return markdown(["data", "wrong", "n", "teacher", "λ = 0", "λ = 0.5", "λ = 1", "λ = 0.5 − λ = 0", "λ = 1 − λ = 0"],
+                    rows)
 
 
 # ---- the methods -------------------------------------------------------------------------------------
 
-METHODS = ("smoothing", *methods.METHODS)
+ALLOWED = frozenset({"method", "standardise", "kd_weight", "temperature", "label_smoothing"})
 
 
 def methods_table() -> str:
-    """A row for each method on Caltech-101: accuracy, mean per class, and the gain over the control and over kd."""
+    """A row for each method on Caltech-101: its setting, accuracy, mean per class, and the gain."""
     rows = []
-    for name in ("control", *METHODS):
+    for name in ("control", *methods.METHODS):
         runs = read_runs(f"methods/{name}")
         if not runs:
             continue
         arm = Arm(f"methods/{name}")
-        by_class = [result["student"]["test_class_mean"] for result in runs.values()]
-        over = [versus(arm, Arm(f"methods/{other}")) if name != other else "" for other in ("control", "kd")]
-        rows.append([name, str(len(runs)), cell(accuracies(arm)), cell(by_class), *over])
-    return markdown(["method", "n", "test accuracy", "mean per class", "over the control", "over kd"], rows)
+        over = [versus(arm, Arm(f"methods/{other}"), allowed=ALLOWED) if name != other else ""
+                for other in ("control", "kd")]
+        setting = " ".join(methods.chosen(name)[-2:]) if name != "control" else ""
+        rows.append([name, setting, str(len(runs)), cell(accuracies(arm)), cell(accuracies(arm, by_class=True)), *over])
+    return markdown(["method", "tuned", "n", "test accuracy", "mean per class", "over the control", "over kd"], rows)
+
+
+def tuning_table() -> str:
+    """What each method was tuned by: accuracy on validation of three values."""
+    rows = []
+    for name, values in methods.tuning().items():
+        setting = methods.METHODS[name][1]
+        shares = ", ".join(f"{value}: {100 * share:.1f} %" for value, share in values.items())
+        rows.append([name, f"`{setting}`", shares])
+    return markdown(["method", "setting", "accuracy on validation"], rows)
+
+
+TABLES = {"few": few_table, "by class": by_class_table, "parts": parts_table, "patience": patience_table,
+          "pretrained": pretrained_table, "wrong": wrong_table, "methods": methods_table, "tuning": tuning_table}
 
 
 def tables() -> dict[str, str]:
     """Every table by the name that its comment in results/README.md has."""
-    return {"few": few_table(), "parts": parts_table(), "methods": methods_table()}
+    return {name: table() for name, table in TABLES.items()}
 
 
 # ---- figures -----------------------------------------------------------------------------------------
@@ -220,7 +345,8 @@ def draw_few(file: Path) -> None:
 
 def draw_forest(file: Path) -> None:
     """The gain of each method over the control, with its interval."""
-    gains = {name: difference(Arm(f"methods/{name}"), Arm("methods/control")) for name in METHODS}
+    gains = {name: difference(Arm(f"methods/{name}"), Arm("methods/control"), allowed=ALLOWED)
+             for name in methods.METHODS}
     known = {name: gain for name, gain in gains.items() if gain}
     with report.drawing(file, (7, 0.9 + 0.3 * len(known))) as (axes,):
         for place, gain in enumerate(known.values()):
@@ -234,7 +360,8 @@ def draw_forest(file: Path) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["keep"]:
-        keep(Path(sys.argv[2]), Path(sys.argv[3]))
+        for run in sys.argv[3:]:
+            keep(Path(run), HERE / sys.argv[2])
     else:
         for name, table in tables().items():
             print(f"{name}\n\n{table}\n")

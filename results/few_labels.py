@@ -4,6 +4,7 @@
 
 It makes each run by the command that it prints, one after another. A run that has ended is left alone, and one that was
 stopped goes on. So the script may be started again at any time, and several times at once for other labels or seeds.
+The arms other than `all` need its models, so it comes first.
 
 The arms see the same labels and take the same number of steps, so that what the gain is made of can be told:
 
@@ -11,15 +12,16 @@ The arms see the same labels and take the same number of steps, so that what the
     smoothing   a control with smoothed labels: what softness alone is worth
     labelled    the student learns from the teacher, on the labelled pictures only: without the other pictures
     hard        the student learns the class that the teacher gives to each view: without softness
-    self        the student learns on all pictures from the control of `all`: without ImageNet
-    patient     `all` in three times the steps
+    self        the student learns on all pictures from the control of `all`: another teacher, that knows no ImageNet
+    patient-3   `all` in three times the steps (patient-10: in ten times)
     pretrained  `all`, where student and control start from ImageNet weights as well
 
-The arms called `wrong` know all labels, whatever --labels says. In train, 20 or 40 % of them are wrong. `wrong-20` and
-`wrong-40` compare λ = 1 with the control. `wrong-20-half` and `wrong-40-half` have λ = 0.5.
+The arms called `wrong` know all labels, whatever --labels says. In train, 20 or 40 % of them are wrong, the same 20 %
+among the 40 %. `wrong-20` and `wrong-40` compare λ = 1 with the control. `wrong-20-half` and `wrong-40-half` have
+λ = 0.5.
 
-The weights of the last epoch are tested. So validation plays no part in a run, and its pictures may be counted with
-those of test.
+The weights of the last epoch are tested. So no run chooses anything by its validation pictures, and on beans, which has
+128 test pictures only, they are counted with those of test. The settings were chosen by validation before that.
 """
 
 import argparse
@@ -31,16 +33,17 @@ import numpy as np
 from kd import few_labels
 from kd.data.samples import Dataset
 from kd.data.sources import open_dataset
+from kd.machine.files import write_atomic
 from results import launch
 
-ARMS = ("all", "smoothing", "labelled", "hard", "self", "patient", "pretrained", "wrong-20", "wrong-40",
+ARMS = ("all", "smoothing", "labelled", "hard", "self", "patient-3", "patient-10", "pretrained", "wrong-20", "wrong-40",
         "wrong-20-half", "wrong-40-half")
 SHARED = ["--recipe", "few", "--allow-weak-teacher"]
 
 # what differs between the data sets, and how long a teacher is fine-tuned on so many labels
 KINDS = {"beans": ["--augment", "crop", "--teacher-augment", "crop", "--epochs", "60"],
          "caltech101": ["--size", "64", "--teacher-size", "96", "--epochs", "60", "--views", "20"]}
-TEACHER_EPOCHS = {15: 120, 60: 60, 120: 40, 505: 24, 1010: 16}
+TEACHER_EPOCHS = {15: 120, 60: 60, 120: 40, 505: 24, 1010: 16, 1034: 12}
 
 
 def write_pictures(dataset: Dataset, root: Path, train: list[tuple[int, int]]) -> Path:
@@ -55,10 +58,10 @@ def write_pictures(dataset: Dataset, root: Path, train: list[tuple[int, int]]) -
         for place, (row, label) in enumerate(listed):
             stored = root / ".pictures" / split / f"{row}.jpg"
             if not stored.exists():
-                stored.parent.mkdir(parents=True, exist_ok=True)
                 content = samples.read(row)
                 assert isinstance(content, bytes)       # as it was encoded
-                stored.write_bytes(content)
+                stored.parent.mkdir(parents=True, exist_ok=True)
+                write_atomic(stored, content)
             named = root / split / dataset.classes[label] / f"{place:05}.jpg"
             named.parent.mkdir(parents=True, exist_ok=True)
             if not named.exists():
@@ -68,19 +71,19 @@ def write_pictures(dataset: Dataset, root: Path, train: list[tuple[int, int]]) -
 
 
 def labelled_folder(dataset: Dataset, labels: int, seed: int, root: Path) -> Path:
-    """Only the pictures that keep their label, as often round as makes an epoch as long as that of all pictures."""
+    """What the control learns from: the labelled pictures, as often round as makes an epoch of all pictures."""
     known = dataset.splits["train"].labels
-    kept = few_labels.keep_labels(known, labels, seed)
-    rows = np.resize(kept, len(known)).tolist()
-    return write_pictures(dataset, root, [(row, int(known[row])) for row in rows])
+    rows = few_labels.rounds(few_labels.keep_labels(known, labels, seed), len(known), seed)
+    return write_pictures(dataset, root, [(int(row), int(known[row])) for row in rows])
 
 
 def wrong_folder(dataset: Dataset, percent: int, seed: int, root: Path) -> Path:
     """All pictures, of which that many in 100 have a wrong class in train, any of the others alike."""
     labels = dataset.splits["train"].labels.copy()
-    generator = np.random.default_rng([seed, percent])
+    generator = np.random.default_rng(seed)
+    others = (labels + generator.integers(1, len(dataset.classes), len(labels))) % len(dataset.classes)
     rows = generator.permutation(len(labels))[:round(len(labels) * percent / 100)]
-    labels[rows] = (labels[rows] + generator.integers(1, len(dataset.classes), len(rows))) % len(dataset.classes)
+    labels[rows] = others[rows]
     return write_pictures(dataset, root, list(enumerate(labels.tolist())))
 
 
@@ -88,44 +91,51 @@ def flags_of(arm: str, seed: int, args: argparse.Namespace, dataset: Dataset) ->
     """The flags of one run, after the folders that it reads have been made."""
     flags = [*SHARED, *KINDS[args.kind], "--seed", str(seed)]
     few = ["--dataset", args.data, "--labels", str(args.labels)]
-    # the teacher and the control of `all` serve the other arms
-    first = args.out / name_of("all", seed, args)
-    tuned = ["--teacher-weights", str(first / "teacher"), "--teacher-epochs", "0"]
-    folder = args.out / "pictures" / f"{args.kind}-{args.labels}-{arm}-{seed}"
-
+    pictures = args.out / "pictures" / f"seed-{seed}"
     if arm == "all":
         return [*flags, *few, "--teacher-weights", args.teacher_weights, "--teacher-epochs",
                 str(TEACHER_EPOCHS[args.labels]), "--control"]
+    if arm.startswith("wrong"):
+        return [*flags, *wrong_flags(arm, seed, args, dataset, pictures)]
+
+    # the teacher and the control of `all` serve the other arms
+    first = args.out / name_of("all", seed, args)
+    launch.must_have_ended(first)
+    tuned = ["--teacher-weights", str(first / "teacher"), "--teacher-epochs", "0"]
     if arm == "smoothing":
         return [*flags, *few, *tuned, "--kd-weight", "0", "--label-smoothing", "0.1"]
     if arm == "labelled":
-        labelled_folder(dataset, args.labels, seed, folder)
+        folder = labelled_folder(dataset, args.labels, seed, pictures / f"{args.kind}-{args.labels}-labelled")
         return [*flags, "--dataset", str(folder), *tuned]
     if arm == "hard":
         return [*flags, *few, *tuned, "--method", "hard"]
     if arm == "self":
         return [*flags, *few, "--teacher", "mobilenetv2_100", "--teacher-weights", str(first / "control"),
                 "--teacher-epochs", "0", "--teacher-size", "0"]
-    if arm == "patient":
-        epochs = int(flags[flags.index("--epochs") + 1])
-        return [*flags, *few, *tuned, "--control", "--epochs", str(3 * epochs)]
     if arm == "pretrained":
         return [*flags, *few, *tuned, "--control", "--student-weights", args.student_weights, "--lr", "1e-3"]
+    _, times = arm.split("-")       # of a patient one
+    epochs = int(flags[flags.index("--epochs") + 1])
+    return [*flags, *few, *tuned, "--control", "--epochs", str(int(times) * epochs)]
 
+
+def wrong_flags(arm: str, seed: int, args: argparse.Namespace, dataset: Dataset, pictures: Path) -> list[str]:
+    """What is special about a run with wrong labels."""
     _, percent, *half = arm.split("-")
-    folder = args.out / "pictures" / f"{args.kind}-wrong-{percent}-{seed}"
-    wrong_folder(dataset, int(percent), seed, folder)
+    folder = wrong_folder(dataset, int(percent), seed, pictures / f"{args.kind}-wrong-{percent}")
     if half:
-        wrong = args.out / name_of(f"wrong-{percent}", seed, args) / "teacher"
-        return [*flags, "--dataset", str(folder), "--teacher-weights", str(wrong), "--teacher-epochs", "0",
+        first = args.out / name_of(f"wrong-{percent}", seed, args)
+        launch.must_have_ended(first)
+        return ["--dataset", str(folder), "--teacher-weights", str(first / "teacher"), "--teacher-epochs", "0",
                 "--kd-weight", "0.5"]
     # A teacher that is fine-tuned for long learns the wrong labels, too.
-    return [*flags, "--dataset", str(folder), "--teacher-weights", args.teacher_weights, "--teacher-epochs", "4",
-            "--control"]
+    return ["--dataset", str(folder), "--teacher-weights", args.teacher_weights, "--teacher-epochs", "4", "--control"]
 
 
 def name_of(arm: str, seed: int, args: argparse.Namespace) -> str:
-    return f"{args.kind}-{args.labels}-{arm}/seed-{seed}"
+    """The folder of a run below --out."""
+    labels = "" if arm.startswith("wrong") else f"-{args.labels}"
+    return f"{args.kind}{labels}-{arm}/seed-{seed}"
 
 
 def main() -> None:
@@ -140,12 +150,12 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
     parser.add_argument("--seeds", nargs="+", type=int, default=range(5))
     args = parser.parse_args()
+    if "pretrained" in args.arms and not args.student_weights:
+        parser.error("the arm pretrained needs --student-weights; give them, or choose other --arms")
     dataset = open_dataset(args.data, say=lambda line: None)
     for arm in args.arms:
         for seed in args.seeds:
-            out = args.out / name_of(arm, seed, args)
-            if not launch.has_ended(out):
-                launch.train(flags_of(arm, seed, args, dataset), out, args.cache_dir)
+            launch.train(flags_of(arm, seed, args, dataset), args.out / name_of(arm, seed, args), args.cache_dir)
 
 
 if __name__ == "__main__":

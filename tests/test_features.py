@@ -69,9 +69,9 @@ def test_a_method_on_features_refuses_such_a_model_before_it_trains(tiny):
 def test_at_weight_0_the_teacher_is_not_asked_for_features(tiny, monkeypatch):
     asked = []
 
-    def recorded(*arguments, with_features: bool) -> StoreOptions:
+    def recorded(folder: Path, topk: int, temperature: float, with_features: bool) -> StoreOptions:
         asked.append(with_features)
-        return StoreOptions(*arguments, with_features=with_features)
+        return StoreOptions(folder, topk, temperature, with_features)
 
     monkeypatch.setattr(train, "StoreOptions", recorded)
     for weight in (0.0, 0.5):

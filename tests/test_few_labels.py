@@ -14,7 +14,7 @@ from kd import BadInput, few_labels
 from kd.batches import count_batches
 from kd.data.frames import Split, decode
 from kd.data.sources import open_dataset, with_unlabelled
-from kd.few_labels import JoinedFrames, by_role, keep_labels, usable_rows
+from kd.few_labels import JoinedFrames, by_role, keep_labels, rounds, usable_rows
 from kd.losses import NO_LABEL
 from kd.machine import checkpoint
 from tests.helpers import toy
@@ -78,6 +78,17 @@ def test_joined_frames_are_the_frames_of_their_files(data):
     out = np.zeros((2, 16, 16, 3), np.uint8)
     assert frames.read([4, 1], out) is out and np.array_equal(out, expected[[4, 1]])
     assert frames.digest != JoinedFrames(parts, rows[::-1]).digest
+
+
+def test_a_round_that_is_not_full_has_all_classes():
+    """Of 1,000 pictures that are sorted by class, 1.5 rounds show each class about half as often again."""
+    labels = np.repeat(np.arange(10), 100)
+    shown = rounds(np.arange(1000), 1500, seed=3)
+    times = np.bincount(shown, minlength=1000)
+    assert set(times) == {1, 2} and times.sum() == 1500
+    by_class = np.bincount(labels[shown])
+    assert by_class.min() > 130 and by_class.max() < 170
+    assert not np.array_equal(shown, rounds(np.arange(1000), 1500, seed=4))
 
 
 def test_without_these_flags_all_learn_from_train(data):

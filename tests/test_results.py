@@ -1,5 +1,7 @@
-"""results/: what is kept of a run, the differences between arms, and the pictures that the arms learn from."""
+"""results/: what is kept of a run, the differences between arms, and the runs that the scripts make."""
 
+import argparse
+import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
@@ -7,29 +9,44 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import train
+from kd import cli
+from kd.data.frames import decode
 from kd.data.sources import open_dataset
-from results import arms, few_labels
+from kd.few_labels import by_role
+from results import arms, few_labels, launch, methods
 from results.arms import Arm
 from tests.helpers import toy
+from tests.helpers.runs import stop_at_step
 
 
-def kept(folder: Path, seed: int, right: list[int]) -> None:
-    """A kept run whose student had these test pictures right."""
-    total = len(right)
-    result = {"config": {"seed": seed}, "validation_total": 0, "student": {"test_total": total},
-              "right": {"student": {"test": arms._as_digits(np.array(right, bool), [f"p{i}.x" for i in range(total)])}}}
+# ---- differences between arms ----------------------------------------------------------------------------
+
+LABELS = np.repeat([0, 1], [150, 50])
+
+
+def kept(folder: Path, seed: int, right: list[int], teacher: str = "one", **settings) -> None:
+    """A kept run whose student had these of 200 test pictures right. Three in four are of the first class."""
+    digits = np.packbits(np.array(right, bool)).tobytes().hex()
+    result = {"config": {"seed": seed, **settings}, "teacher_sha256": teacher,
+              "labels": {"test": LABELS.astype(np.uint8).tobytes().hex()}, "right": {"student": {"test": digits}}}
     path = folder / f"seed-{seed}" / "result.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(result))
 
 
-def test_arms_are_compared_within_each_seed_and_picture(tmp_path, monkeypatch):
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(arms, "HERE", tmp_path)
+    return tmp_path
+
+
+def test_arms_are_compared_within_each_seed_and_picture(here):
     generator = np.random.default_rng(0)
     for seed in range(3):
         first = (generator.random(200) < 0.8).tolist()
-        kept(tmp_path / "first", seed, first)
-        kept(tmp_path / "second", seed, [int(one and i % 4 > 0) for i, one in enumerate(first)])
+        kept(here / "first", seed, first)
+        kept(here / "second", seed, [int(one and i % 4 > 0) for i, one in enumerate(first)])
     assert len(arms.accuracies(Arm("first"))) == 3
     found = arms.difference(Arm("first"), Arm("second"))
     shares = [a - b for a, b in zip(arms.accuracies(Arm("first")), arms.accuracies(Arm("second")))]
@@ -39,21 +56,134 @@ def test_arms_are_compared_within_each_seed_and_picture(tmp_path, monkeypatch):
     assert arms.difference(Arm("first"), Arm("absent")) is None
 
 
+def test_every_class_counts_alike_on_request(here):
+    """One is right on the large class only, the other on the small one only."""
+    for seed in range(3):
+        kept(here / "large", seed, (LABELS == 0).astype(int).tolist())
+        kept(here / "small", seed, (LABELS == 1).astype(int).tolist())
+    assert arms.accuracies(Arm("large"))[0] == 0.75 and arms.accuracies(Arm("large"), by_class=True)[0] == 0.5
+    plain, balanced = (arms.difference(Arm("large"), Arm("small"), by_class=by_class) for by_class in (False, True))
+    assert plain is not None and plain["mean"] == 0.5
+    assert balanced is not None and abs(balanced["mean"]) < 1e-12
+
+
+def test_two_seeds_have_no_interval(here):
+    for seed in range(2):
+        kept(here / "first", seed, [1] * 200)
+        kept(here / "second", seed, [0] * 200)
+    assert arms.difference(Arm("first"), Arm("second")) is None
+
+
+def test_arms_that_differ_in_more_than_is_said_are_not_compared(here):
+    for seed in range(3):
+        kept(here / "kd", seed, [1] * 200, method="kd", lr=0.1)
+        kept(here / "hard", seed, [0] * 200, method="hard", lr=0.1)
+        kept(here / "faster", seed, [0] * 200, method="kd", lr=0.2)
+        kept(here / "taught", seed, [0] * 200, method="kd", lr=0.1, teacher="another")
+    assert arms.difference(Arm("kd"), Arm("hard"), allowed=frozenset({"method"})) is not None
+    for other in ("hard", "faster", "taught"):
+        with pytest.raises(AssertionError):
+            arms.difference(Arm("kd"), Arm(other))
+    kept(here / "kd", 3, [1] * 200, method="kd", lr=0.2)
+    with pytest.raises(AssertionError, match="kd"):
+        arms.read_runs("kd")
+
+
+# ---- keeping a run ---------------------------------------------------------------------------------------
+
 def test_pictures_of_a_written_folder_count_in_the_order_of_the_data_set():
-    right = np.array([True, False, False, True, True])
+    values = np.array([10, 11, 12, 13, 14])
     names = ["test/a/00004.jpg", "test/a/00001.jpg", "test/b/00000.jpg", "test/b/00002.jpg", "test/b/00003.jpg"]
-    digits = arms._as_digits(right, names)
-    assert np.unpackbits(np.frombuffer(bytes.fromhex(digits), np.uint8), count=5).tolist() == [0, 0, 1, 1, 1]
-    assert arms._as_digits(right, ["leaf.3", "leaf.1", "leaf.2", "x", "y"]) == np.packbits(right).tobytes().hex()
+    assert arms.in_order(values, names).tolist() == [12, 11, 13, 14, 10]
+    assert arms.in_order(values, ["leaf.3", "leaf.1", "leaf.2", "x", "y"]) is values
+
+
+def test_a_kept_run_has_its_counts_and_no_path(tiny, here):
+    run = here / "runs" / "some-arm" / "seed-0"
+    result = train.main(dataclasses.replace(tiny, out=str(run), control=True))
+    arms.keep(run, here / "few")
+    found = arms.read_runs("few/some-arm")[0]
+    assert str(here) not in json.dumps(found) and "confusion" not in json.dumps(found)
+    assert arms.labels_of(found, ["test"]).tolist() == sorted(arms.labels_of(found, ["test"]).tolist())
+    for role in ("teacher", "control", "student"):
+        assert arms.right(found, role, ["test"]).sum() == result[role]["test_correct"]
+        assert arms.right(found, role, ["validation"]).mean() == pytest.approx(result[role]["validation_accuracy"])
+
+
+# ---- the runs of few labels --------------------------------------------------------------------------------
+
+def arguments(root: Path, out: Path) -> argparse.Namespace:
+    return argparse.Namespace(kind="beans", labels=60, data=str(root), out=out, teacher_weights="imagenet",
+                              student_weights="imagenet")
+
+
+def test_an_arm_differs_from_the_first_in_what_it_is_called_after(tmp_path, monkeypatch):
+    root = toy.class_folders(tmp_path / "set", classes={"a": 40, "b": 40, "c": 40})
+    dataset, args = open_dataset(str(root), say=lambda line: None), arguments(root, tmp_path / "out")
+    monkeypatch.setattr(launch, "must_have_ended", lambda out: None)
+    flags = {arm: cli.parse_config(train.Config, train.RECIPES, few_labels.flags_of(arm, 0, args, dataset), "")
+             for arm in few_labels.ARMS}
+    first = dataclasses.asdict(flags.pop("all"))
+    assert (first["labels"], first["control"], first["kd_weight"], first["select"]) == (60, True, 1.0, "last")
+    allowed = {"smoothing": {"kd_weight", "label_smoothing"}, "labelled": {"dataset", "labels"}, "hard": {"method"},
+               "self": {"teacher", "teacher_size"}, "patient-3": {"epochs"}, "patient-10": {"epochs"},
+               "pretrained": {"student_weights", "lr"}}
+    for arm, config in flags.items():
+        changed = {name for name, value in dataclasses.asdict(config).items() if value != first[name]}
+        names = allowed.get(arm, {"dataset", "labels"} | ({"kd_weight"} if arm.endswith("half") else set()))
+        assert changed - {"teacher_weights", "teacher_epochs", "control"} <= names, arm
+        assert (config.labels == 0) == (arm == "labelled" or arm.startswith("wrong"))
+    assert flags["patient-10"].epochs == 10 * first["epochs"]
+
+
+def test_the_labelled_folder_is_what_the_control_learns_from(tmp_path):
+    root = toy.class_folders(tmp_path / "set", classes={"a": 40, "b": 40, "c": 40})
+    dataset = open_dataset(str(root), say=lambda line: None)
+    data = decode(dataset, size=16, crop_pct=1.0, interpolation="bilinear", cache_dir=tmp_path / "cache",
+                  say=lambda line: None)
+    control = by_role(data, 9, 0).control.train
+    folder = few_labels.labelled_folder(dataset, 9, 0, tmp_path / "labelled")
+    written = decode(open_dataset(str(folder), say=lambda line: None), size=16, crop_pct=1.0, interpolation="bilinear",
+                     cache_dir=tmp_path / "cache", say=lambda line: None).train
+    pictures = [Counter(zip((frame.tobytes() for frame in split.frames.read(range(len(split)))), split.labels.tolist()))
+                for split in (control, written)]
+    assert pictures[0] == pictures[1] and len(pictures[0]) == 9
 
 
 def test_the_asked_for_share_of_labels_is_wrong_and_nothing_else(tmp_path):
     root = toy.class_folders(tmp_path / "set", classes={"a": 10, "b": 10, "c": 20})
     dataset = open_dataset(str(root), say=lambda line: None)
-    folder = few_labels.wrong_folder(dataset, 40, 0, tmp_path / "wrong")
-    given = {int(path.stem): path.parent.name for path in (folder / "train").rglob("*.jpg")}
     true = [dataset.classes[label] for label in dataset.splits["train"].labels]
-    assert sorted(given) == list(range(40))
-    assert sum(given[row] != true[row] for row in given) == 16
-    counts = Counter(path.parent.name for path in (folder / "test").rglob("*.jpg"))
-    assert counts == {"a": 10, "b": 10, "c": 20}
+    wrong = {}
+    for percent in (20, 40):
+        folder = few_labels.wrong_folder(dataset, percent, 0, tmp_path / f"wrong-{percent}")
+        given = {int(path.stem): path.parent.name for path in (folder / "train").rglob("*.jpg")}
+        assert sorted(given) == list(range(40))
+        wrong[percent] = {row: label for row, label in given.items() if label != true[row]}
+        assert len(wrong[percent]) == 40 * percent // 100
+        counts = Counter(path.parent.name for path in (folder / "test").rglob("*.jpg"))
+        assert counts == {"a": 10, "b": 10, "c": 20}
+    assert wrong[20].items() <= wrong[40].items()
+
+
+# ---- launching -------------------------------------------------------------------------------------------
+
+def test_nothing_learns_from_a_run_that_has_not_ended(tiny, tmp_path):
+    stop_at_step(tiny, 8)
+    with pytest.raises(SystemExit, match="make this run first"):
+        launch.must_have_ended(Path(tiny.out))
+    train.main(dataclasses.replace(tiny, resume=True))
+    launch.must_have_ended(Path(tiny.out))
+
+
+def test_a_run_that_fails_ends_the_script(tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(train.__file__).parent)
+    with pytest.raises(SystemExit, match="stopped with status 2; .*seed-0.log says why"):
+        launch.train(["--epochs", "0"], tmp_path / "arm" / "seed-0", str(tmp_path / "cache"))
+    assert "--epochs" in (tmp_path / "arm" / "seed-0.log").read_text()
+
+
+def test_the_best_value_on_validation_is_chosen_and_of_two_the_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(methods, "TUNING", tmp_path / "tuning.json")
+    (tmp_path / "tuning.json").write_text(json.dumps({"kd": {"4": 0.5, "2": 0.5, "1": 0.4}}))
+    assert methods.chosen("kd") == ["--method", "kd", "--kd-weight", "0.9", "--temperature", "2"]
