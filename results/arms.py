@@ -21,9 +21,11 @@ from kd.data.sources import open_dataset
 from kd.machine import runtime
 from kd.models import open_saved
 from kd.predict import predict
+from kd.scores import mcnemar_p
 from kd.tools import report
 from kd.tools.predictions import FILE, read_predictions
 from results import methods
+from results.folds import FOLDS
 from results.tables import difference_cell, markdown
 
 HERE = Path(__file__).resolve().parent
@@ -312,8 +314,28 @@ def tuning_table() -> str:
     return markdown(["method", "setting", "accuracy on validation"], rows)
 
 
+# ---- folds -------------------------------------------------------------------------------------------
+
+def folds_table() -> str:
+    """Each picture of beans once: counts over all folds, and the gain with its interval over the pictures."""
+    rows = []
+    for epochs in (30, 200):
+        runs = read_runs(f"folds/best-{epochs}")
+        if len(runs) < FOLDS:
+            continue
+        each = {role: np.concatenate([right(run, role, ["test"]) for run in runs.values()]) for role in report.ROLES}
+        gains = each["student"] - each["control"]
+        low, high = (100 * limit for limit in report.gain_interval(gains[None]))
+        p = mcnemar_p(int((gains > 0).sum()), int((gains < 0).sum()))
+        counts = [f"{100 * values.mean():.1f} % ({values.sum()})" for values in each.values()]
+        rows.append([str(epochs), str(len(gains)), *counts,
+                     f"{100 * gains.mean():+.1f} points ({low:+.1f} to {high:+.1f}), p = {p:.2g}"])
+    return markdown(["epochs", "pictures", "teacher", "control", "student", "student − control"], rows)
+
+
 TABLES = {"few": few_table, "by class": by_class_table, "parts": parts_table, "patience": patience_table,
-          "pretrained": pretrained_table, "wrong": wrong_table, "methods": methods_table, "tuning": tuning_table}
+          "pretrained": pretrained_table, "wrong": wrong_table, "methods": methods_table, "tuning": tuning_table,
+          "folds": folds_table}
 
 
 def tables() -> dict[str, str]:

@@ -27,11 +27,12 @@ The weights of the last epoch are tested. So no run chooses anything by its vali
 import argparse
 import os
 from pathlib import Path
+from typing import Sequence
 
 import numpy as np
 
 from kd import few_labels
-from kd.data.samples import Dataset
+from kd.data.samples import Dataset, Samples
 from kd.data.sources import open_dataset
 from kd.machine.files import write_atomic
 from results import launch
@@ -47,27 +48,32 @@ TEACHER_EPOCHS = {15: 120, 60: 60, 120: 40, 505: 24, 1010: 16, 1034: 12}
 
 
 def write_pictures(dataset: Dataset, root: Path, train: list[tuple[int, int]]) -> Path:
-    """The data set as folders of files, whose train split has the pictures (row, label), as often as they are listed.
+    """The data set as folders of files. Its train split has the pictures (row, label), as often as they are listed."""
+    if not (root / "complete").exists():
+        for split, samples in dataset.splits.items():
+            listed = train if split == "train" else list(enumerate(samples.labels.tolist()))
+            write_split(samples, listed, dataset.classes, root, split)
+        (root / "complete").touch()
+    return root
+
+
+def write_split(samples: Samples, listed: Sequence[tuple[int, int]], classes: tuple[str, ...], root: Path,
+                split: str) -> None:
+    """The pictures (row, label) as files `root`/SPLIT/CLASS/PLACE.jpg, by their place in the list.
 
     A picture is written once. Where it is listed again, it has another name as well.
     """
-    if (root / "complete").exists():
-        return root
-    for split, samples in dataset.splits.items():
-        listed = train if split == "train" else list(enumerate(samples.labels.tolist()))
-        for place, (row, label) in enumerate(listed):
-            stored = root / ".pictures" / split / f"{row}.jpg"
-            if not stored.exists():
-                content = samples.read(row)
-                assert isinstance(content, bytes)       # as it was encoded
-                stored.parent.mkdir(parents=True, exist_ok=True)
-                write_atomic(stored, content)
-            named = root / split / dataset.classes[label] / f"{place:05}.jpg"
-            named.parent.mkdir(parents=True, exist_ok=True)
-            if not named.exists():
-                os.link(stored, named)
-    (root / "complete").touch()
-    return root
+    for place, (row, label) in enumerate(listed):
+        stored = root / ".pictures" / split / f"{row}.jpg"
+        if not stored.exists():
+            content = samples.read(row)
+            assert isinstance(content, bytes)       # as it was encoded
+            stored.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(stored, content)
+        named = root / split / classes[label] / f"{place:05}.jpg"
+        named.parent.mkdir(parents=True, exist_ok=True)
+        if not named.exists():
+            os.link(stored, named)
 
 
 def labelled_folder(dataset: Dataset, labels: int, seed: int, root: Path) -> Path:

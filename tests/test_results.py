@@ -14,7 +14,7 @@ from kd import cli
 from kd.data.frames import decode
 from kd.data.sources import open_dataset
 from kd.few_labels import by_role
-from results import arms, few_labels, launch, methods
+from results import arms, few_labels, folds, launch, methods
 from results.arms import Arm
 from tests.helpers import toy
 from tests.helpers.runs import stop_at_step
@@ -164,6 +164,23 @@ def test_the_asked_for_share_of_labels_is_wrong_and_nothing_else(tmp_path):
         counts = Counter(path.parent.name for path in (folder / "test").rglob("*.jpg"))
         assert counts == {"a": 10, "b": 10, "c": 20}
     assert wrong[20].items() <= wrong[40].items()
+
+
+# ---- folds -----------------------------------------------------------------------------------------------
+
+def test_each_picture_is_tested_in_one_fold_and_seen_in_no_other_split_of_it(tmp_path):
+    root = toy.class_folders(tmp_path / "set", {"train": {"a": 12, "b": 9}, "validation": {"a": 3, "b": 4},
+                                                "test": {"a": 5, "b": 2}})
+    dataset = open_dataset(str(root), say=lambda line: None)
+    tested: Counter[bytes] = Counter()
+    for fold in range(folds.FOLDS):
+        written = folds.fold_folder(dataset, fold, tmp_path / f"fold-{fold}")
+        splits = {split: {path.read_bytes() for path in (written / split).rglob("*.jpg")}
+                  for split in ("train", "validation", "test")}
+        assert len(set.union(*splits.values())) == sum(map(len, splits.values())) == 35
+        assert Counter(path.parent.name for path in (written / "test").rglob("*.jpg")) == {"a": 4, "b": 3}
+        tested.update(splits["test"])
+    assert len(tested) == 35 and set(tested.values()) == {1}
 
 
 # ---- launching -------------------------------------------------------------------------------------------
