@@ -170,9 +170,9 @@ def cell(shares: Sequence[float]) -> str:
 
 def versus(arm: Arm, other: Arm, splits: Sequence[str] = ("test",), by_class: bool = False,
            allowed: frozenset[str] = frozenset()) -> str:
-    """The cell of `arm` − `other`, with n; empty where `difference` has none."""
+    """The cell of `arm` − `other`; empty where `difference` has none."""
     values = difference(arm, other, splits, by_class, allowed)
-    return f"{difference_cell(values)}, n = {values['n']}" if values else ""
+    return difference_cell(values) if values else ""
 
 
 # ---- few labels --------------------------------------------------------------------------------------
@@ -241,9 +241,14 @@ def parts_table() -> str:
         folder = f"few/{kind}-{labels}"
         return Arm(f"{folder}-all", "control") if name == "control" else Arm(f"{folder}-{name}")
 
-    rows = [[label, *(versus(arm(*column, first), arm(*column, second), splits_of(column[0]),
-                             allowed=frozenset(allowed)) for column in columns)]
-            for label, first, second, allowed in PARTS]
+    rows = []
+    for label, first, second, allowed in PARTS:
+        cells = []
+        for column in columns:
+            values = difference(arm(*column, first), arm(*column, second), splits_of(column[0]),
+                                allowed=frozenset(allowed))
+            cells.append(f"{difference_cell(values)}, n = {values['n']}" if values else "")
+        rows.append([label, *cells])
     return markdown(["difference", *(f"{NAMES[kind]}, {labels} labels" for kind, labels in columns)], rows)
 
 

@@ -19,7 +19,7 @@ from kd import cli
 from kd.bench.compare import tutorial_loop
 from kd.machine import checkpoint
 from kd.tools import report
-from results import tables
+from results import arms, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -33,10 +33,12 @@ def code_blocks(language: str) -> list[str]:
 # ---- numbers -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("document, name", [("README.md", "summary"), ("results/README.md", "results"),
-                                            ("results/README.md", "times"), ("results/README.md", "search")])
+                                            ("results/README.md", "times"), ("results/README.md", "search"),
+                                            ("README.md", "few"), ("results/README.md", "few"),
+                                            ("results/README.md", "by class")])
 def test_every_table_is_made_from_its_runs(document, name):
-    """To correct it, put what `python -m results.tables` prints between the two comments."""
-    assert tables.shown(ROOT / document, name) == tables.tables()[name]
+    """To correct it, put what `python -m results.tables` or `results.arms` prints between the two comments."""
+    assert tables.shown(ROOT / document, name) == (tables.tables() | arms.tables())[name]
 
 
 def test_every_result_was_made_by_a_committed_state_and_lies_under_its_seed():
