@@ -1,6 +1,7 @@
 """What the documents say: their numbers, the loop, the flags, the worked changes."""
 
 import copy
+import functools
 import json
 import re
 import shutil
@@ -32,13 +33,18 @@ def code_blocks(language: str) -> list[str]:
 
 # ---- numbers -----------------------------------------------------------------------------------
 
+@functools.cache
+def every_table() -> dict[str, str]:
+    return tables.tables() | arms.tables()
+
+
 @pytest.mark.parametrize("document, name", [("README.md", "summary"), ("results/README.md", "results"),
                                             ("results/README.md", "times"), ("results/README.md", "search"),
                                             ("README.md", "few"), ("results/README.md", "few"),
                                             ("results/README.md", "by class")])
 def test_every_table_is_made_from_its_runs(document, name):
     """To correct it, put what `python -m results.tables` or `results.arms` prints between the two comments."""
-    assert tables.shown(ROOT / document, name) == (tables.tables() | arms.tables())[name]
+    assert tables.shown(ROOT / document, name) == every_table()[name]
 
 
 def test_every_result_was_made_by_a_committed_state_and_lies_under_its_seed():
