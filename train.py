@@ -403,9 +403,10 @@ def main(cfg: Config) -> dict[str, Any]:
     if data_for_teacher is not data:
         by_role_for_teacher = few_labels.by_role(data_for_teacher, cfg.labels, cfg.seed, usable)
     # These must be the same in every rank, and the same as before a resume.
-    given = models.digest(student) if cfg.student_weights != "none" else "none"
+    # Random weights of the student come from the seed, and another processor may round them differently.
+    start = "none" if cfg.student_weights == "none" else models.digest(student)
     run.must_match(dataset=data.digest(), teacher_weights=models.digest(teacher_model),
-                   student_weights=given, amp=str(machine.amp))
+                   student_weights=start, amp=str(machine.amp))
     run.write_config(data=record(dataset))                    # from here on, the folder is a run
     views = Views(cfg.seed, cfg.size, AUGMENTATIONS[cfg.augment], cfg.views)
     loss_name = choose_loss(data, views, cfg.kd_weight, cfg, machine)[1]

@@ -32,6 +32,6 @@ AUGMENTATIONS = {
 # Add new names at the end: then every existing view keeps its pixels.
 AREA, ASPECT, LEFT, TOP = 0, 1, 2, 3            # of the crop
 FLIP_X, FLIP_Y = 4, 5
-BRIGHTNESS, CONTRAST, SATURATION = 6, 7, 8      # 9 is free, but every stored view counts it
+BRIGHTNESS, CONTRAST, SATURATION = 6, 7, 8      # 9 is not used
 PARTNER, PARTNER_SHARE = 10, 11                 # mixup's second picture, and how much of it
 RANDOM_NUMBERS = 12

@@ -11,8 +11,9 @@ of the data set.
 import hashlib
 import json
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Sequence
+from typing import Any, Callable, NamedTuple, Sequence
 
 import numpy as np
 
@@ -77,7 +78,7 @@ def keep(run: Path, folder: Path) -> None:
 def in_order(values: np.ndarray, names: Sequence[str]) -> np.ndarray:
     """`(N,)`, one for each picture, in the order of the data set.
 
-    The arms that write folders of pictures (`results/few_labels.py`) name each picture by its row.
+    The arms that write folders of pictures (`results/few_labels.py`) name each picture by its place in the split.
     """
     rows = [Path(name).stem for name in names]
     if all(row.isdigit() for row in rows) and len(set(rows)) == len(rows):
@@ -188,35 +189,26 @@ def splits_of(kind: str) -> tuple[str, ...]:
     return BOTH if kind == "beans" else ("test",)
 
 
-def role_cells(folder: str, kind: str) -> list[str]:
+def role_cells(folder: str, kind: str, by_class: bool = False) -> list[str]:
     """The accuracies of teacher, control and student, and the gain."""
     splits = splits_of(kind)
-    return [*(cell(accuracies(Arm(folder, role), splits)) for role in report.ROLES),
-            versus(Arm(folder), Arm(folder, "control"), splits)]
+    return [*(cell(accuracies(Arm(folder, role), splits, by_class)) for role in report.ROLES),
+            versus(Arm(folder), Arm(folder, "control"), splits, by_class)]
 
 
 ROLE_HEAD = ["n", "teacher", "control", "student", "student − control"]
 
 
-def few_table() -> str:
-    """A row for each number of labels: teacher, control, student on all pictures, and the gain."""
-    rows = []
-    for kind, labels in FEW:
-        folder = f"few/{kind}-{labels}-all"
-        if runs := read_runs(folder):
-            rows.append([NAMES[kind], str(labels), str(len(runs)), *role_cells(folder, kind)])
-    return markdown(["data", "labels", *ROLE_HEAD], rows)
+def labels_table(arm: str, by_class: bool = False) -> str:
+    """A row for each number of labels: teacher, control and student of an arm, and the gain.
 
-
-def by_class_table() -> str:
-    """The same runs, where every class counts alike, however many pictures it has."""
+    by_class: every class counts alike, however many pictures it has.
+    """
     rows = []
-    for kind, labels in FEW:
-        folder, splits = f"few/{kind}-{labels}-all", splits_of(kind)
+    for kind, labels in (*FEW, ("beans", 1034)):
+        folder = f"few/{kind}-{labels}-{arm}"
         if runs := read_runs(folder):
-            shares = [cell(accuracies(Arm(folder, role), splits, by_class=True)) for role in report.ROLES]
-            rows.append([NAMES[kind], str(labels), str(len(runs)), *shares,
-                         versus(Arm(folder), Arm(folder, "control"), splits, by_class=True)])
+            rows.append([NAMES[kind], str(labels), str(len(runs)), *role_cells(folder, kind, by_class)])
     return markdown(["data", "labels", *ROLE_HEAD], rows)
 
 
@@ -261,16 +253,6 @@ def patience_table() -> str:
             if (HERE / f"few/{kind}-{labels}-patient-3").is_dir() and (runs := read_runs(folder)):
                 rows.append([NAMES[kind], str(labels), steps, str(len(runs)), *role_cells(folder, kind)])
     return markdown(["data", "labels", "steps", *ROLE_HEAD], rows)
-
-
-def pretrained_table() -> str:
-    """Student and control from ImageNet weights."""
-    rows = []
-    for kind, labels in (*FEW, ("beans", 1034)):
-        folder = f"few/{kind}-{labels}-pretrained"
-        if runs := read_runs(folder):
-            rows.append([NAMES[kind], str(labels), str(len(runs)), *role_cells(folder, kind)])
-    return markdown(["data", "labels", *ROLE_HEAD], rows)
 
 
 def wrong_table() -> str:
@@ -338,9 +320,10 @@ def folds_table() -> str:
     return markdown(["epochs", "pictures", "teacher", "control", "student", "student − control"], rows)
 
 
-TABLES = {"few": few_table, "by class": by_class_table, "parts": parts_table, "patience": patience_table,
-          "pretrained": pretrained_table, "wrong": wrong_table, "methods": methods_table, "tuning": tuning_table,
-          "folds": folds_table}
+TABLES: dict[str, Callable[[], str]] = {
+    "few": partial(labels_table, "all"), "by class": partial(labels_table, "all", by_class=True),
+    "parts": parts_table, "patience": patience_table, "pretrained": partial(labels_table, "pretrained"),
+    "wrong": wrong_table, "methods": methods_table, "tuning": tuning_table, "folds": folds_table}
 
 
 def tables() -> dict[str, str]:

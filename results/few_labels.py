@@ -47,40 +47,45 @@ KINDS = {"beans": ["--augment", "crop", "--teacher-augment", "crop", "--epochs",
 TEACHER_EPOCHS = {15: 120, 60: 60, 120: 40, 505: 24, 1010: 16, 1034: 12}
 
 
-def write_pictures(dataset: Dataset, root: Path, train: list[tuple[int, int]]) -> Path:
-    """The data set as folders of files. Its train split has the pictures (row, label), as often as they are listed."""
-    if not (root / "complete").exists():
-        for split, samples in dataset.splits.items():
-            listed = train if split == "train" else list(enumerate(samples.labels.tolist()))
-            write_split(samples, listed, dataset.classes, root, split)
-        (root / "complete").touch()
-    return root
+Listed = Sequence[tuple[int, int]]      # pictures as (row, label)
 
 
-def write_split(samples: Samples, listed: Sequence[tuple[int, int]], classes: tuple[str, ...], root: Path,
-                split: str) -> None:
-    """The pictures (row, label) as files `root`/SPLIT/CLASS/PLACE.jpg, by their place in the list.
+def write_folder(classes: tuple[str, ...], splits: dict[str, tuple[Samples, Listed]], root: Path) -> Path:
+    """A data set as files `root`/SPLIT/CLASS/PLACE.jpg, by a picture's place in the list of its split.
 
     A picture is written once. Where it is listed again, it has another name as well.
     """
-    for place, (row, label) in enumerate(listed):
-        stored = root / ".pictures" / split / f"{row}.jpg"
-        if not stored.exists():
-            content = samples.read(row)
-            assert isinstance(content, bytes)       # as it was encoded
-            stored.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(stored, content)
-        named = root / split / classes[label] / f"{place:05}.jpg"
-        named.parent.mkdir(parents=True, exist_ok=True)
-        if not named.exists():
-            os.link(stored, named)
+    if (root / "complete").exists():
+        return root
+    for split, (samples, listed) in splits.items():
+        for place, (row, label) in enumerate(listed):
+            stored = root / ".pictures" / split / f"{row}.jpg"
+            if not stored.exists():
+                content = samples.read(row)
+                assert isinstance(content, bytes)       # as it was encoded
+                stored.parent.mkdir(parents=True, exist_ok=True)
+                write_atomic(stored, content)
+            named = root / split / classes[label] / f"{place:05}.jpg"
+            named.parent.mkdir(parents=True, exist_ok=True)
+            if not named.exists():
+                os.link(stored, named)
+    (root / "complete").touch()
+    return root
+
+
+def with_train(dataset: Dataset, train: Listed, root: Path) -> Path:
+    """The data set as a folder, whose train split has the listed pictures, as often as they are listed."""
+    splits: dict[str, tuple[Samples, Listed]] = {
+        split: (samples, train if split == "train" else list(enumerate(samples.labels.tolist())))
+        for split, samples in dataset.splits.items()}
+    return write_folder(dataset.classes, splits, root)
 
 
 def labelled_folder(dataset: Dataset, labels: int, seed: int, root: Path) -> Path:
     """What the control learns from: the labelled pictures, as often round as makes an epoch of all pictures."""
     known = dataset.splits["train"].labels
     rows = few_labels.rounds(few_labels.keep_labels(known, labels, seed), len(known), seed)
-    return write_pictures(dataset, root, [(int(row), int(known[row])) for row in rows])
+    return with_train(dataset, [(int(row), int(known[row])) for row in rows], root)
 
 
 def wrong_folder(dataset: Dataset, percent: int, seed: int, root: Path) -> Path:
@@ -90,7 +95,7 @@ def wrong_folder(dataset: Dataset, percent: int, seed: int, root: Path) -> Path:
     others = (labels + generator.integers(1, len(dataset.classes), len(labels))) % len(dataset.classes)
     rows = generator.permutation(len(labels))[:round(len(labels) * percent / 100)]
     labels[rows] = others[rows]
-    return write_pictures(dataset, root, list(enumerate(labels.tolist())))
+    return with_train(dataset, list(enumerate(labels.tolist())), root)
 
 
 def flags_of(arm: str, seed: int, args: argparse.Namespace, dataset: Dataset) -> list[str]:

@@ -1,4 +1,4 @@
-"""Cross-validation of recipe `best` in five folds: the runs behind "All pictures as test" in results/README.md.
+"""Cross-validation of recipe `best` in five folds.
 
     python -m results.folds --data FOLDER --teacher-weights FILE --out FOLDER --cache-dir FOLDER
 
@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from kd.data.samples import Dataset, joined
+from kd.data.samples import Dataset, Samples, joined
 from kd.data.sources import open_dataset
 from results import launch
-from results.few_labels import write_split
+from results.few_labels import Listed, write_folder
 
 FOLDS = 5
 VALIDATION_SHARE = 0.1
@@ -41,12 +41,10 @@ def fold_folder(dataset: Dataset, fold: int, root: Path) -> Path:
     others = np.random.default_rng(fold).permutation(np.flatnonzero(~in_test))
     cut = round(VALIDATION_SHARE * len(others))
     rows = {"train": np.sort(others[cut:]), "validation": np.sort(others[:cut]), "test": np.flatnonzero(in_test)}
-    if not (root / "complete").exists():
-        for split, chosen in rows.items():
-            listed = [(int(row), int(pictures.labels[row])) for row in chosen]
-            write_split(pictures, listed, dataset.classes, root, split)
-        (root / "complete").touch()
-    return root
+    listed: dict[str, tuple[Samples, Listed]] = {
+        split: (pictures, [(int(row), int(pictures.labels[row])) for row in chosen])
+        for split, chosen in rows.items()}
+    return write_folder(dataset.classes, listed, root)
 
 
 def main() -> None:

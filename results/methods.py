@@ -1,4 +1,4 @@
-"""The runs behind "The methods" in results/README.md.
+"""The runs that compare the methods of kd/methods.py.
 
     python -m results.methods tune    --data FOLDER --teacher-weights FILE --out FOLDER --cache-dir FOLDER
     python -m results.methods compare --data FOLDER --teacher-weights FILE --out FOLDER --cache-dir FOLDER
@@ -41,15 +41,21 @@ METHODS: dict[str, tuple[list[str], str, tuple[str, ...]]] = {
 }
 
 
+def shared_flags(seed: int, epochs: int, args: argparse.Namespace) -> list[str]:
+    """What all runs of a seed have in common."""
+    return [*SHARED, "--dataset", args.data, "--epochs", str(epochs), "--seed", str(seed)]
+
+
+def control(seed: int, epochs: int, args: argparse.Namespace) -> None:
+    """The control of a seed, which fine-tunes the teacher of all its runs."""
+    launch.train([*shared_flags(seed, epochs, args), *CONTROL, "--teacher-weights", args.teacher_weights,
+                  "--teacher-epochs", str(TEACHER_EPOCHS)], args.out / f"control/seed-{seed}", args.cache_dir)
+
+
 def run(name: str, flags: list[str], seed: int, epochs: int, args: argparse.Namespace) -> None:
-    """One run in the folder of that name; before it, the control of that seed and length, whose teacher it needs."""
-    shared = [*SHARED, "--dataset", args.data, "--epochs", str(epochs), "--seed", str(seed)]
-    first = args.out / f"control/seed-{seed}"
-    launch.train([*shared, *CONTROL, "--teacher-weights", args.teacher_weights, "--teacher-epochs",
-                  str(TEACHER_EPOCHS)], first, args.cache_dir)
-    if name != f"control/seed-{seed}":
-        teacher = ["--teacher-weights", str(first / "teacher"), "--teacher-epochs", "0"]
-        launch.train([*shared, *teacher, *flags], args.out / name, args.cache_dir)
+    """A run in the folder of that name, with the teacher of its seed's control."""
+    teacher = ["--teacher-weights", str(args.out / f"control/seed-{seed}/teacher"), "--teacher-epochs", "0"]
+    launch.train([*shared_flags(seed, epochs, args), *teacher, *flags], args.out / name, args.cache_dir)
 
 
 def tuning() -> dict[str, dict[str, float]]:
@@ -59,6 +65,7 @@ def tuning() -> dict[str, dict[str, float]]:
 
 def tune(names: list[str], args: argparse.Namespace) -> None:
     """Three values for each method."""
+    control(TUNING_SEED, TUNING_EPOCHS, args)
     for name in names:
         flags, setting, values = METHODS[name]
         for value in values:
@@ -81,9 +88,9 @@ def chosen(name: str) -> list[str]:
 def compare(names: list[str], args: argparse.Namespace) -> None:
     """The runs of the table."""
     for seed in args.seeds:
+        control(seed, EPOCHS, args)
         for name in names:
-            flags = CONTROL if name == "control" else chosen(name)
-            run(f"{name}/seed-{seed}", flags, seed, EPOCHS, args)
+            run(f"{name}/seed-{seed}", chosen(name), seed, EPOCHS, args)
 
 
 def main() -> None:
@@ -93,13 +100,11 @@ def main() -> None:
     parser.add_argument("--teacher-weights", required=True, help="ImageNet weights of the teacher")
     parser.add_argument("--out", required=True, type=Path, help="folder of the runs")
     parser.add_argument("--cache-dir", required=True)
-    parser.add_argument("--methods", nargs="+", choices=("control", *METHODS))
+    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=range(3))
     args = parser.parse_args()
-    if args.what == "tune":
-        tune(args.methods or list(METHODS), args)
-    else:
-        compare(args.methods or ["control", *METHODS], args)
+    command = tune if args.what == "tune" else compare
+    command(args.methods or list(METHODS), args)
 
 
 if __name__ == "__main__":
