@@ -177,6 +177,17 @@ struct Buffer {                                     // floats of scratch, from t
 // whole blocks, so there are no column tails.
 template <class T> constexpr long per = sizeof(float) / sizeof(T);
 
+// Intel's matrix unit (AMX) multiplies bfloat16 in tiles of 16 rows of 16 words, and takes whole tiles only. So zeros
+// fill up the summed dimension to a multiple of STEP words, and scratch has room for that many rows.
+#ifdef __AMX_BF16__
+template <class T> constexpr bool IN_TILES = per<T> == 2;
+#else
+template <class T> constexpr bool IN_TILES = false;
+#endif
+template <class T> constexpr long STEP = IN_TILES<T> ? 16 : 1;
+template <class T> long words_of(long n) { return up(up(n, per<T>) / per<T>, STEP<T>); }    // of n summed values
+template <class T> Buffer operand(long n) { return IN_TILES<T> ? Buffer(n, 0) : Buffer(n); }  // room for one, in words
+
 template <class T> INLINE V multiply_add(V a, V b, V c) {
 #ifdef CPU_CAPABILITY_AVX512
   if constexpr (per<T> == 2) return madd_pairs(a, b, c);
@@ -213,6 +224,68 @@ void strip(long m, long kw, Left A, Panels B, float* C, long panel, bool add) {
   if constexpr (MR > 1) if (m) strip<T, MR / 2, NV>(m, kw, A, B, C, panel, add);
 }
 
+#ifdef __AMX_BF16__
+struct MatrixUnit {                                 // set to eight whole tiles, in this thread
+  struct Shape { uint8_t palette = 1, start = 0, unused[14] = {}; uint16_t bytes[16] = {}; uint8_t rows[16] = {}; };
+  MatrixUnit() {
+    static const Shape whole = [] {
+      Shape shape;
+      std::fill_n(shape.bytes, 8, 64), std::fill_n(shape.rows, 8, 16);
+      return shape;
+    }();
+    _tile_loadconfig(&whole);
+  }
+  ~MatrixUnit() { _tile_release(); }
+};
+
+// 16*R rows and 16*N columns of the result, which are tiles 0 to 3. The words of a row of A must be neighbours.
+template <int R, int N> void tile_strip(long kw, Left A, Panels B, float* C, long panel, bool add) {
+  constexpr long LINE = 64;                         // bytes from one row of 16 words to the next
+  const long row = A.row * sizeof(float);
+  std::atomic_signal_fence(std::memory_order_seq_cst);      // GCC does not know that the unit reads memory
+  if (add) {
+    _tile_loadd(0, C, LINE);
+    if constexpr (N > 1) _tile_loadd(1, C + panel, LINE);
+    if constexpr (R > 1) _tile_loadd(2, C + 256, LINE);
+    if constexpr (R > 1 && N > 1) _tile_loadd(3, C + panel + 256, LINE);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (long k = 0; k < kw; k += 16) {
+    _tile_loadd(4, A.at + k, row);
+    _tile_loadd(6, B.at + k * 16, LINE);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (N > 1) {
+      _tile_loadd(7, B.at + B.size + k * 16, LINE);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if constexpr (R > 1) {
+      _tile_loadd(5, A.at + 16 * A.row + k, row);
+      _tile_dpbf16ps(2, 5, 6);
+      if constexpr (N > 1) _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, C, LINE);
+  if constexpr (N > 1) _tile_stored(1, C + panel, LINE);
+  if constexpr (R > 1) _tile_stored(2, C + 256, LINE);
+  if constexpr (R > 1 && N > 1) _tile_stored(3, C + panel + 256, LINE);
+}
+
+inline void tile_strips(long width, long m, long kw, Left A, Panels B, float* C, long panel, bool add) {
+  const MatrixUnit on;
+  for (long r = 0; r < m; r += 32)
+    for (long v = 0; v < width; v += 2) {
+      const bool two_rows = m - r > 16, two_columns = width - v > 1;
+      const auto run = two_rows ? two_columns ? tile_strip<2, 2> : tile_strip<2, 1>
+                                : two_columns ? tile_strip<1, 2> : tile_strip<1, 1>;
+      run(kw, {A.at + r * A.row, A.row, 1}, {B.at + v * B.size, B.size}, C + v * panel + r * 16, panel, add);
+    }
+}
+#endif
+
 // The width of the next strip, in blocks. AVX2 has 16 registers: 6 rows of one block fill 12, and B takes two.
 // AVX-512 has 32, of a whole block each.
 inline long strip_width(long left) {
@@ -220,17 +293,30 @@ inline long strip_width(long left) {
   return left == 5 || left == 6 ? 3 : std::min(left, 4L);   // no lone last column: 5 = 3 + 2
 }
 template <class T> void strips(long width, long m, long kw, Left A, Panels B, float* C, long panel, bool add) {
+#ifdef __AMX_BF16__
+  if constexpr (IN_TILES<T>) return tile_strips(width, m, kw, A, B, C, panel, add);
+#endif
   auto run = strip<T, (REGS > 1 ? 6 : 16), 1>;
   if constexpr (REGS == 1)
     if (width > 1) run = width == 4 ? strip<T, 6, 4> : width == 3 ? strip<T, 8, 3> : strip<T, 12, 2>;
   run(m, kw, A, B, C, panel, add);
 }
 
-// C += A B. C is in panels.
+// C += A B. C is in panels, of m rows filled up to whole tiles.
 template <class T> void add_product(long m, long n, long kw, Left A, Panels B, float* C) {
+  const long panel = up(m, STEP<T>) * 16;
+  const Buffer turned(IN_TILES<T> ? up(m, 16) * kw : 0);
+#ifdef __AMX_BF16__
+  if constexpr (IN_TILES<T>) {                      // the words of a row become neighbours
+    for (long r = 0; r < m; r += 16)
+      for (long k = 0; k < kw; k += 16)
+        at::vec::transpose_mxn<float>(A.at + r + k * A.col, A.col, turned + r * kw + k, kw, 16, 16);
+    A = {turned, kw, 1};
+  }
+#endif
   for (long c = 0, w; c < n / 16; c += w) {
     w = strip_width(n / 16 - c);
-    strips<T>(w, m, kw, A, {B.at + c * B.size, B.size}, C + c * m * 16, m * 16, true);
+    strips<T>(w, m, kw, A, {B.at + c * B.size, B.size}, C + c * panel, panel, true);
   }
 }
 
@@ -292,7 +378,8 @@ template <class T> struct Packed {
   long size;
   Buffer words;
   template <class F>
-  Packed(long R, long C, const F value) : size(up(R, 2) / per<T> * 16), words(up(C, 16) / 16 * size) {
+  Packed(long R, long C, const F value) :
+      size(std::max(up(R, 2) / per<T>, words_of<T>(R)) * 16), words(operand<T>(up(C, 16) / 16 * size)) {
     const Matrix panels{words, 16, size};
     at::parallel_for(0, up(C, 16) / 16, 1, [&](long b, long e) {
       for (long c = b * 16; c < e * 16; c += 16)
@@ -479,15 +566,15 @@ inline long chunk_rows(long words_a_row) { return std::max(48L, 65536 / words_a_
 // y (M, N) = input (M, K) times the weight (N, K), transposed.
 template <class T, class F>
 void dense_forward(const F& input, const float* weight, const Output<T>& y, Sums& sums, long M, long K, long N) {
-  const long Kp = up(K, 16), Np = up(N, 16), chunk = chunk_rows(K + N), kw = up(K, per<T>) / per<T>;
+  const long Np = up(N, 16), chunk = chunk_rows(K + N), kw = words_of<T>(K), row = std::max(up(K, 16) / per<T>, kw);
   const Packed<T> B(K, N, [=](long r, long c, auto k) {
     float column[16] = {};
     for (long j = 0; j < count(k); j++) column[j] = weight[(c + j) * K + r];
     return load(column);
   });
   split(M, [&](long t, long begin, long end) {
-    const Buffer words(chunk * Kp / per<T>);
-    const Matrix A{words, Kp / per<T>, 16 / per<T>};
+    const Buffer words = operand<T>(chunk * row);
+    const Matrix A{words, row, 16 / per<T>};
     for (long r0 = begin; r0 < end; r0 += chunk) {
       const long m = std::min(chunk, end - r0);
       put_all<T>(input.from(r0), &A, nullptr, K, m);
@@ -504,20 +591,28 @@ template <class T, class F>
 void dense_backward(const F& input, const Normed<T>& a, const Sloped<T>& dy, const float* weight, const T* skip,
                     const Output<T>* g_in, float* dW, Sums& sums, long M, long K, long N) {
   const long Kp = up(K, 16), Np = up(N, 16), chunk = chunk_rows(K + N), n = at::get_num_threads();
+  const long kw = words_of<T>(N), row = std::max(Np / per<T>, kw);
+  const long panel = up(N, STEP<T>) * 16, dw_size = Kp / 16 * panel;
   const Packed<T> B(g_in ? N : 0, K, [=](long r, long c, auto k) { return load(weight + r * K + c, k); });
-  const Buffer dWs(n * N * Kp, 0);                  // of each thread, in panels
+  const Buffer dWs(n * dw_size, 0);                 // of each thread, in panels
   split(M, [&](long t, long begin, long end) {
-    const Buffer dy_words(chunk * Np), dy_pairs(per<T> == 2 ? chunk * Np / 2 : 0), a_words(chunk * Kp / per<T>);
-    const Matrix by_row{dy_words, Np / per<T>, 16 / per<T>}, transposed{per<T> == 2 ? dy_pairs : dy_words, Np, 16};
-    const Matrix panels{a_words, 16, chunk / per<T> * 16};
+    const long height = words_of<T>(chunk);
+    const Buffer dy_words = operand<T>(chunk * row), dy_pairs = operand<T>(per<T> == 2 ? height * Np : 0);
+    const Buffer a_words = operand<T>(height * Kp);
+    const Matrix by_row{dy_words, row, 16 / per<T>}, transposed{per<T> == 2 ? dy_pairs : dy_words, Np, 16};
+    const Matrix panels{a_words, 16, height * 16};
     for (long r0 = begin; r0 < end; r0 += chunk) {
       const long m = std::min(chunk, end - r0);
       put_all<T>(dy.from(r0), &by_row, &transposed, N, m);
       put_all<T>(input.from(r0), nullptr, &panels, K, m);
-      add_product<T>(N, Kp, up(m, per<T>) / per<T>, {transposed.at, 1, transposed.row}, {panels.at, panels.block},
-                     dWs + t * N * Kp);
+      const long summed = words_of<T>(m);
+      for (long r = up(m, per<T>) / per<T>; r < summed; r++) {      // where the chunk before left its rows
+        std::fill_n(transposed.of(r, 0), Np, 0.f);
+        for (long c = 0; c < Kp; c += 16) std::fill_n(panels.of(r, c), 16, 0.f);
+      }
+      add_product<T>(N, Kp, summed, {transposed.at, 1, transposed.row}, {panels.at, panels.block}, dWs + t * dw_size);
       if (!g_in) continue;
-      product<T>(m, Kp, up(N, per<T>) / per<T>, {by_row.at, by_row.row, 1}, B,
+      product<T>(m, Kp, kw, {by_row.at, by_row.row, 1}, B,
                  [&](long r, long rows, long c, const float* tile) {
         through_clamp([=](long i, auto) ALWAYS_INLINE { return load(tile + i * 16); }, a, skip, g_in, r0 + r, rows, c,
                       sums, t);
@@ -528,7 +623,7 @@ void dense_backward(const F& input, const Normed<T>& a, const Sloped<T>& dy, con
     for (long i = b; i < e; i++)
       blocks(K, [&](long c, auto k) {
         V v = all(0);
-        for (long t = 0; t < n; t++) v = v + load(dWs + t * N * Kp + c * N + i * 16);
+        for (long t = 0; t < n; t++) v = v + load(dWs + t * dw_size + c / 16 * panel + i * 16);
         store(dW + i * K + c, v, k);
       });
   });

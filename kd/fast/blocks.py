@@ -37,6 +37,7 @@ except ImportError as error:    # private to timm, so another version may have m
     class DepthwiseSeparableConv(nn.Module):    # type: ignore[no-redef]
         """Nor this one."""
 
+MATRIX_UNIT = ["-mamx-tile", "-mamx-bf16"]      # flags of the compiler
 INF = float("inf")
 # The activations that the kernels know, as bounds: act(z) = clamp(z, low, high).
 BOUNDS = {nn.Identity: (-INF, INF), nn.ReLU: (0.0, INF), nn.ReLU6: (0.0, 6.0)}
@@ -57,11 +58,20 @@ def unavailable() -> str:
     flags = ["-ffp-contract=fast"]
     if capability == "AVX512" and torch.cpu.get_capabilities()["avx512_bf16"]:
         flags += ["-mavx512bf16"]
-    try:
-        build.load(source, flags, seconds=30)
-    except build.BuildError as error:
-        return f"the fused blocks cannot be compiled: {error}"
-    return ""
+    # An old compiler does not know the matrix unit. It then makes the kernels without it.
+    tries = [[*flags, *MATRIX_UNIT], flags] if capability == "AVX512" and has_matrix_unit() else [flags]
+    for flags in tries:
+        try:
+            build.load(source, flags, seconds=30)
+            return ""
+        except build.BuildError as error:
+            reason = f"the fused blocks cannot be compiled: {error}"
+    return reason
+
+
+def has_matrix_unit() -> bool:
+    """Whether the CPU multiplies bfloat16 in a matrix unit (Intel's AMX), and Linux lets this process use it."""
+    return torch.cpu.get_capabilities().get("amx_bf16", False) and torch.cpu._init_amx()
 
 
 def has_bf16() -> bool:

@@ -73,9 +73,10 @@ def test_outputs_and_gradients_are_closer_to_float64_than_those_of_the_plain_mod
 
 @pytest.mark.skipif(not blocks.has_bf16(), reason="the kernels know bfloat16 on AVX-512 only")
 @pytest.mark.parametrize("name", NAMES)
-def test_in_bf16_the_step_is_no_less_exact_than_the_plain_modules_in_bf16(name):
+@pytest.mark.parametrize("shape", [(8, 3, 64, 64), (7, 3, 65, 47)])     # the second fills no whole tile
+def test_in_bf16_the_step_is_no_less_exact_than_the_plain_modules_in_bf16(name, shape):
     exact, plain, fused = models(name)
-    x = torch.randn((8, 3, 64, 64), generator=torch.Generator().manual_seed(1))
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     a, ga, ba = step(exact, x)
     with torch.autocast("cpu", torch.bfloat16):
         (b, gb, bb), (c, gc, bc) = step(plain, x), step(fused, x)
@@ -145,6 +146,13 @@ def test_the_code_for_avx2_is_as_exact_where_the_processor_could_do_more():
     assert "5 passed" in out and "skipped" not in out
 
 
+@pytest.mark.skipif(not blocks.has_matrix_unit(), reason="the other tests run without one")
+def test_the_code_without_a_matrix_unit_is_as_exact_where_the_processor_has_one():
+    out = run_as("avx512", "-c", f"import pytest; from kd.fast import blocks; blocks.has_matrix_unit = lambda: False\n"
+                 f"pytest.main(['-n', '0', '-p', 'no:cacheprovider', {__file__!r}, '-k', 'no_less_exact'])")
+    assert "4 passed" in out and "skipped" not in out
+
+
 @on_x86
 def test_a_processor_without_avx2_keeps_the_plain_modules():
     out = run_as("default", "-c", "import timm; from kd.fast import blocks\n"
@@ -154,16 +162,32 @@ def test_a_processor_without_avx2_keeps_the_plain_modules():
 
 
 @on_x86
-@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "AVX512", reason="the other tests run it")
+@pytest.mark.skipif(blocks.has_matrix_unit(), reason="the other tests run it")
 @pytest.mark.skipif(not shutil.which("g++"), reason="no GNU compiler")
-def test_the_code_for_avx512_compiles_and_multiplies_bf16_pairs(tmp_path):
+@pytest.mark.parametrize("flags, instruction", [([], "vdpbf16ps"), (blocks.MATRIX_UNIT, "tdpbf16ps")])
+def test_the_code_for_other_processors_compiles_and_multiplies_bf16(tmp_path, flags, instruction):
     from torch.utils import cpp_extension
     folders = [*cpp_extension.include_paths(), sysconfig.get_path("include")]
     subprocess.run(["g++", "-std=c++20", "-O0", "-S", str(Path(blocks.__file__).with_suffix(".cpp")),
-                    *build.instruction_flags("AVX512"), "-mavx512bf16", "-o", "blocks.s",
+                    *build.instruction_flags("AVX512"), "-mavx512bf16", *flags, "-o", "blocks.s",
                     *(f"-I{folder}" for folder in folders)], cwd=tmp_path, check=True)
     assembly = (tmp_path / "blocks.s").read_text()
-    assert "vdpbf16ps" in assembly and "zmm" in assembly
+    assert instruction in assembly and "zmm" in assembly
+
+
+@on_x86
+def test_a_compiler_that_does_not_know_the_matrix_unit_makes_the_kernels_without(monkeypatch):
+    built = []
+
+    def load(source, flags, seconds):
+        if set(blocks.MATRIX_UNIT) <= set(flags):
+            raise build.BuildError("c++: error: unrecognized option '-mamx-tile'")
+        built.append(flags)
+
+    monkeypatch.setattr(build, "load", load)
+    monkeypatch.setattr(blocks, "has_matrix_unit", lambda: True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    assert blocks.unavailable.__wrapped__() == "" and len(built) == 1
 
 
 def test_where_nothing_can_be_compiled_the_reason_is_one_line_and_models_stay_plain(monkeypatch):
