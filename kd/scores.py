@@ -4,6 +4,7 @@ Logits are collected once (`kd/predict.py`) and scored on the host in float64. N
 batches, so that a short last batch has the weight of its samples.
 """
 
+import functools
 from typing import Any, Callable, NamedTuple
 
 import numpy as np
@@ -223,6 +224,11 @@ def bootstrap_interval(statistic: Callable[..., np.ndarray], *sizes: int, draws:
     statistic: takes one int64 array `(draws, size)` for each axis, which says how often a draw has
     each item, and returns the value in each draw, `(draws,)`.
     """
+    return [float(limit) for limit in np.quantile(statistic(*_drawn(sizes, draws)), [0.025, 0.975])]
+
+
+@functools.lru_cache(maxsize=2)     # drawing takes far longer than a statistic, and tables have many of equal sizes
+def _drawn(sizes: tuple[int, ...], draws: int) -> list[np.ndarray]:
+    """How often each draw has each item, `(draws, size)` int64 for every axis."""
     generator = np.random.default_rng(0)
-    counts = [generator.multinomial(size, np.full(size, 1 / size), size=draws) for size in sizes]
-    return [float(limit) for limit in np.quantile(statistic(*counts), [0.025, 0.975])]
+    return [generator.multinomial(size, np.full(size, 1 / size), size=draws) for size in sizes]
