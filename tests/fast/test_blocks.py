@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from kd.fast import blocks, build
@@ -84,6 +86,30 @@ def test_in_bf16_the_step_is_no_less_exact_than_the_plain_modules_in_bf16(name, 
     assert (c - a).norm() > (step(fused, x)[0] - a).norm()  # it did run in bf16
     for key, value in ba.items():
         assert torch.allclose(bc[key], value, rtol=2e-2, atol=2 * (bb[key] - value).abs().max().item() + 1e-3), key
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.skipif(
+    not blocks.has_bf16(), reason="the kernels know bfloat16 on AVX-512 only"))])
+@settings(max_examples=100, deadline=None)
+@given(rows=st.integers(2, 3000), channels=st.integers(1, 70), out=st.integers(1, 70), seed=st.integers(0, 999))
+def test_a_1x1_convolution_of_any_size_is_exact_on_small_integers(dtype, rows, channels, out, seed):
+    """Their sums are exact in float32, so a lost row, a column too many or a wrong pair of bf16 shows.
+
+    The kernels take 432 rows of 70 channels and 70 outputs at once.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    x, weight, g = (torch.randint(-2, 3, shape, generator=generator).float()
+                    for shape in ((rows, channels), (out, channels), (rows, out)))
+    a, kernel, grad = x.to(dtype)[:, :, None, None], weight[:, :, None, None], g.to(dtype)[:, :, None, None]
+    line = (None, -blocks.INF, blocks.INF, kernel, 1, False)        # no norm before it
+    one, zero = torch.ones(out), torch.zeros(out)
+    y, _ = torch.ops.kd_blocks.conv_forward(a, *line, one, zero, zero.clone(), one.clone(), 0.1, 1e-5,
+                                            dtype == torch.bfloat16)
+    slope = torch.stack([one, zero, zero, zero, zero])              # dL/dy is g itself
+    g_in, dw, _ = torch.ops.kd_blocks.conv_backward(grad, slope, y, a, *line, None)
+    assert torch.equal(y[:, :, 0, 0], (x @ weight.T).to(dtype))
+    assert torch.equal(g_in[:, :, 0, 0], (g @ weight).to(dtype))
+    assert torch.equal(dw[:, :, 0, 0], g.T @ x)
 
 
 def test_under_autocast_a_processor_without_bf16_kernels_runs_the_plain_modules(monkeypatch):
