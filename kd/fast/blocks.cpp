@@ -17,8 +17,9 @@
 // So it is two multiply-adds while loading, with p, q and r fixed for a channel once the sums are known.
 //
 // An activation is a matrix (N*H*W, C), as channels_last lies in memory. It is float, or bfloat16 with
-// AVX-512. Arithmetic, statistics and weights are float32; sums over rows are double. Results are
-// deterministic: thread t always takes the same rows, and partial sums are added in the order of t.
+// AVX-512. Arithmetic, statistics and weights are float32; sums over rows are double. Only the factors of
+// a matrix product are bfloat16 then, weights included. Results are deterministic: thread t always takes
+// the same rows, and partial sums are added in the order of t.
 //
 // In this order: vectors of 16 channels; the matrix product; BatchNorm; the kernels of dense and of
 // depthwise convolutions; the operators that Python calls.
@@ -178,14 +179,14 @@ struct Buffer {                                     // floats of scratch, from t
 template <class T> constexpr long per = sizeof(float) / sizeof(T);
 
 // Intel's matrix unit (AMX) multiplies bfloat16 in tiles of 16 rows of 16 words, and takes whole tiles only. So zeros
-// fill up the summed dimension to a multiple of STEP words, and scratch has room for that many rows.
+// fill up the summed dimension to a multiple of TILE words, and scratch has room for as many rows.
 #ifdef __AMX_BF16__
 template <class T> constexpr bool IN_TILES = per<T> == 2;
 #else
 template <class T> constexpr bool IN_TILES = false;
 #endif
-template <class T> constexpr long STEP = IN_TILES<T> ? 16 : 1;
-template <class T> long words_of(long n) { return up(up(n, per<T>) / per<T>, STEP<T>); }    // of n summed values
+template <class T> constexpr long TILE = IN_TILES<T> ? 16 : 1;
+template <class T> long words_of(long n) { return up(up(n, per<T>) / per<T>, TILE<T>); }    // of n summed values
 template <class T> Buffer operand(long n) { return IN_TILES<T> ? Buffer(n, 0) : Buffer(n); }  // room for one, in words
 
 template <class T> INLINE V multiply_add(V a, V b, V c) {
@@ -225,29 +226,33 @@ void strip(long m, long kw, Left A, Panels B, float* C, long panel, bool add) {
 }
 
 #ifdef __AMX_BF16__
-struct MatrixUnit {                                 // set to eight whole tiles, in this thread
-  struct Shape { uint8_t palette = 1, start = 0, unused[14] = {}; uint16_t bytes[16] = {}; uint8_t rows[16] = {}; };
+// Linux has to allow the process to use the unit: `has_matrix_unit` in kd/machine/devices.py asks it.
+struct TileShapes { uint8_t palette = 1, start = 0, unused[14] = {}; uint16_t bytes[16] = {}; uint8_t rows[16] = {}; };
+constexpr TileShapes eight_whole_tiles() {
+  TileShapes shapes;
+  for (int i = 0; i < 8; i++) shapes.bytes[i] = 64, shapes.rows[i] = 16;
+  return shapes;
+}
+struct MatrixUnit {                                 // ready in this thread
   MatrixUnit() {
-    static const Shape whole = [] {
-      Shape shape;
-      std::fill_n(shape.bytes, 8, 64), std::fill_n(shape.rows, 8, 16);
-      return shape;
-    }();
-    _tile_loadconfig(&whole);
+    static constexpr TileShapes shapes = eight_whole_tiles();
+    static_assert(sizeof(shapes) == 64);
+    _tile_loadconfig(&shapes);
   }
   ~MatrixUnit() { _tile_release(); }
 };
 
-// 16*R rows and 16*N columns of the result, which are tiles 0 to 3. The words of a row of A must be neighbours.
+// 16*R rows and 16*N columns of the result. Tiles 0 and 1 are its upper 16 rows, 2 and 3 the lower; 4 and 5 are of A,
+// 6 and 7 of B. The words of a row of A must be neighbours. The macros of GCC 11.2 put no parentheses around a pointer.
 template <int R, int N> void tile_strip(long kw, Left A, Panels B, float* C, long panel, bool add) {
-  constexpr long LINE = 64;                         // bytes from one row of 16 words to the next
+  constexpr long LINE = 64, LOWER = 16 * 16;        // bytes from a row of a panel to the next; words to its 17th row
   const long row = A.row * sizeof(float);
   std::atomic_signal_fence(std::memory_order_seq_cst);      // GCC does not know that the unit reads memory
   if (add) {
-    _tile_loadd(0, C, LINE);
-    if constexpr (N > 1) _tile_loadd(1, C + panel, LINE);
-    if constexpr (R > 1) _tile_loadd(2, C + 256, LINE);
-    if constexpr (R > 1 && N > 1) _tile_loadd(3, C + panel + 256, LINE);
+    _tile_loadd(0, (C), LINE);
+    if constexpr (N > 1) _tile_loadd(1, (C + panel), LINE);
+    if constexpr (R > 1) _tile_loadd(2, (C + LOWER), LINE);
+    if constexpr (R > 1 && N > 1) _tile_loadd(3, (C + panel + LOWER), LINE);
   } else {
     _tile_zero(0);
     _tile_zero(1);
@@ -255,23 +260,23 @@ template <int R, int N> void tile_strip(long kw, Left A, Panels B, float* C, lon
     _tile_zero(3);
   }
   for (long k = 0; k < kw; k += 16) {
-    _tile_loadd(4, A.at + k, row);
-    _tile_loadd(6, B.at + k * 16, LINE);
+    _tile_loadd(4, (A.at + k), row);
+    _tile_loadd(6, (B.at + k * 16), LINE);
     _tile_dpbf16ps(0, 4, 6);
     if constexpr (N > 1) {
-      _tile_loadd(7, B.at + B.size + k * 16, LINE);
+      _tile_loadd(7, (B.at + B.size + k * 16), LINE);
       _tile_dpbf16ps(1, 4, 7);
     }
     if constexpr (R > 1) {
-      _tile_loadd(5, A.at + 16 * A.row + k, row);
+      _tile_loadd(5, (A.at + 16 * A.row + k), row);
       _tile_dpbf16ps(2, 5, 6);
       if constexpr (N > 1) _tile_dpbf16ps(3, 5, 7);
     }
   }
-  _tile_stored(0, C, LINE);
-  if constexpr (N > 1) _tile_stored(1, C + panel, LINE);
-  if constexpr (R > 1) _tile_stored(2, C + 256, LINE);
-  if constexpr (R > 1 && N > 1) _tile_stored(3, C + panel + 256, LINE);
+  _tile_stored(0, (C), LINE);
+  if constexpr (N > 1) _tile_stored(1, (C + panel), LINE);
+  if constexpr (R > 1) _tile_stored(2, (C + LOWER), LINE);
+  if constexpr (R > 1 && N > 1) _tile_stored(3, (C + panel + LOWER), LINE);
 }
 
 inline void tile_strips(long width, long m, long kw, Left A, Panels B, float* C, long panel, bool add) {
@@ -288,7 +293,8 @@ inline void tile_strips(long width, long m, long kw, Left A, Panels B, float* C,
 
 // The width of the next strip, in blocks. AVX2 has 16 registers: 6 rows of one block fill 12, and B takes two.
 // AVX-512 has 32, of a whole block each.
-inline long strip_width(long left) {
+template <class T> long strip_width(long left) {
+  if (IN_TILES<T>) return std::min(left, 4L);
   if (REGS > 1) return 1;
   return left == 5 || left == 6 ? 3 : std::min(left, 4L);   // no lone last column: 5 = 3 + 2
 }
@@ -304,8 +310,8 @@ template <class T> void strips(long width, long m, long kw, Left A, Panels B, fl
 
 // C += A B. C is in panels, of m rows filled up to whole tiles.
 template <class T> void add_product(long m, long n, long kw, Left A, Panels B, float* C) {
-  const long panel = up(m, STEP<T>) * 16;
-  const Buffer turned(IN_TILES<T> ? up(m, 16) * kw : 0);
+  const long panel = up(m, TILE<T>) * 16;
+  const Buffer turned(IN_TILES<T> ? up(m, TILE<T>) * kw : 0);
 #ifdef __AMX_BF16__
   if constexpr (IN_TILES<T>) {                      // the words of a row become neighbours
     for (long r = 0; r < m; r += 16)
@@ -315,21 +321,21 @@ template <class T> void add_product(long m, long n, long kw, Left A, Panels B, f
   }
 #endif
   for (long c = 0, w; c < n / 16; c += w) {
-    w = strip_width(n / 16 - c);
+    w = strip_width<T>(n / 16 - c);
     strips<T>(w, m, kw, A, {B.at + c * B.size, B.size}, C + c * panel, panel, true);
   }
 }
 
-// A B, handed on while it is in the cache: sink(r, rows, c, tile) takes `rows` rows of a block, from (r, c) on.
+// A B, handed on while it is in the cache: sink(r, rows, c, out) takes `rows` rows of a block, from (r, c) on.
 template <class T, class F> void product(long m, long n, long kw, Left A, Panels B, const F& sink) {
   constexpr long ROWS = 48;                         // a multiple of every strip's
-  alignas(64) float tiles[4][ROWS * 16];
+  alignas(64) float out[4][ROWS * 16];
   for (long c = 0, w; c < n / 16; c += w) {
-    w = strip_width(n / 16 - c);
+    w = strip_width<T>(n / 16 - c);
     for (long r = 0; r < m; r += ROWS) {
       const long rows = std::min(ROWS, m - r);
-      strips<T>(w, rows, kw, {A.at + r * A.row, A.row, A.col}, {B.at + c * B.size, B.size}, tiles[0], ROWS * 16, false);
-      for (long v = 0; v < w; v++) sink(r, rows, 16 * (c + v), tiles[v]);
+      strips<T>(w, rows, kw, {A.at + r * A.row, A.row, A.col}, {B.at + c * B.size, B.size}, out[0], ROWS * 16, false);
+      for (long v = 0; v < w; v++) sink(r, rows, 16 * (c + v), out[v]);
     }
   }
 }
@@ -578,8 +584,8 @@ void dense_forward(const F& input, const float* weight, const Output<T>& y, Sums
     for (long r0 = begin; r0 < end; r0 += chunk) {
       const long m = std::min(chunk, end - r0);
       put_all<T>(input.from(r0), &A, nullptr, K, m);
-      product<T>(m, Np, kw, {A.at, A.row, 1}, B, [&](long r, long rows, long c, const float* tile) {
-        keep(tile, y, r0 + r, rows, c, sums, t, r0 + r == begin);
+      product<T>(m, Np, kw, {A.at, A.row, 1}, B, [&](long r, long rows, long c, const float* out) {
+        keep(out, y, r0 + r, rows, c, sums, t, r0 + r == begin);
       });
     }
     sums.count[t] = end - begin;
@@ -592,29 +598,29 @@ void dense_backward(const F& input, const Normed<T>& a, const Sloped<T>& dy, con
                     const Output<T>* g_in, float* dW, Sums& sums, long M, long K, long N) {
   const long Kp = up(K, 16), Np = up(N, 16), chunk = chunk_rows(K + N), n = at::get_num_threads();
   const long kw = words_of<T>(N), row = std::max(Np / per<T>, kw);
-  const long panel = up(N, STEP<T>) * 16, dw_size = Kp / 16 * panel;
+  const long panel = up(N, TILE<T>) * 16, dw_size = Kp / 16 * panel;
   const Packed<T> B(g_in ? N : 0, K, [=](long r, long c, auto k) { return load(weight + r * K + c, k); });
   const Buffer dWs(n * dw_size, 0);                 // of each thread, in panels
   split(M, [&](long t, long begin, long end) {
     const long height = words_of<T>(chunk);
     const Buffer dy_words = operand<T>(chunk * row), dy_pairs = operand<T>(per<T> == 2 ? height * Np : 0);
     const Buffer a_words = operand<T>(height * Kp);
-    const Matrix by_row{dy_words, row, 16 / per<T>}, transposed{per<T> == 2 ? dy_pairs : dy_words, Np, 16};
+    const Matrix by_row{dy_words, row, 16 / per<T>}, by_pair{per<T> == 2 ? dy_pairs : dy_words, Np, 16};
     const Matrix panels{a_words, 16, height * 16};
     for (long r0 = begin; r0 < end; r0 += chunk) {
       const long m = std::min(chunk, end - r0);
-      put_all<T>(dy.from(r0), &by_row, &transposed, N, m);
+      put_all<T>(dy.from(r0), &by_row, &by_pair, N, m);
       put_all<T>(input.from(r0), nullptr, &panels, K, m);
       const long summed = words_of<T>(m);
       for (long r = up(m, per<T>) / per<T>; r < summed; r++) {      // where the chunk before left its rows
-        std::fill_n(transposed.of(r, 0), Np, 0.f);
+        std::fill_n(by_pair.of(r, 0), Np, 0.f);
         for (long c = 0; c < Kp; c += 16) std::fill_n(panels.of(r, c), 16, 0.f);
       }
-      add_product<T>(N, Kp, summed, {transposed.at, 1, transposed.row}, {panels.at, panels.block}, dWs + t * dw_size);
+      add_product<T>(N, Kp, summed, {by_pair.at, 1, by_pair.row}, {panels.at, panels.block}, dWs + t * dw_size);
       if (!g_in) continue;
       product<T>(m, Kp, kw, {by_row.at, by_row.row, 1}, B,
-                 [&](long r, long rows, long c, const float* tile) {
-        through_clamp([=](long i, auto) ALWAYS_INLINE { return load(tile + i * 16); }, a, skip, g_in, r0 + r, rows, c,
+                 [&](long r, long rows, long c, const float* out) {
+        through_clamp([=](long i, auto) ALWAYS_INLINE { return load(out + i * 16); }, a, skip, g_in, r0 + r, rows, c,
                       sums, t);
       });
     }
@@ -868,6 +874,7 @@ std::tuple<Tensor, Tensor> norm_backward(const Tensor& da, const Tensor& y, cons
 }  // namespace
 
 TORCH_LIBRARY(kd_blocks, m) {
+  m.def("in_tiles() -> bool", [] { return IN_TILES<BF>; });     // whether bfloat16 is multiplied in the matrix unit
   m.def("conv_forward(Tensor x, Tensor? norm, float lo, float hi, Tensor w, int stride, bool image, Tensor gamma, "
         "Tensor beta, Tensor(a!) rmean, Tensor(b!) rvar, float momentum, float eps, bool half) -> (Tensor, Tensor)",
         &conv_forward);

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from kd import one_line
 from kd.fast import build
+from kd.machine.devices import has_matrix_unit
 
 try:
     from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedResidual
@@ -67,11 +68,6 @@ def unavailable() -> str:
         except build.BuildError as error:
             reason = f"the fused blocks cannot be compiled: {error}"
     return reason
-
-
-def has_matrix_unit() -> bool:
-    """Whether the CPU multiplies bfloat16 in a matrix unit (Intel's AMX), and Linux lets this process use it."""
-    return torch.cpu.get_capabilities().get("amx_bf16", False) and torch.cpu._init_amx()
 
 
 def has_bf16() -> bool:

@@ -75,7 +75,7 @@ def test_outputs_and_gradients_are_closer_to_float64_than_those_of_the_plain_mod
 
 @pytest.mark.skipif(not blocks.has_bf16(), reason="the kernels know bfloat16 on AVX-512 only")
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("shape", [(8, 3, 64, 64), (7, 3, 65, 47)])     # the second fills no whole tile
+@pytest.mark.parametrize("shape", [(8, 3, 64, 64), (7, 3, 65, 47)])     # the second leaves rows over
 def test_in_bf16_the_step_is_no_less_exact_than_the_plain_modules_in_bf16(name, shape):
     exact, plain, fused = models(name)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
@@ -91,11 +91,11 @@ def test_in_bf16_the_step_is_no_less_exact_than_the_plain_modules_in_bf16(name, 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.skipif(
     not blocks.has_bf16(), reason="the kernels know bfloat16 on AVX-512 only"))])
 @settings(max_examples=100, deadline=None)
-@given(rows=st.integers(2, 3000), channels=st.integers(1, 70), out=st.integers(1, 70), seed=st.integers(0, 999))
+@given(rows=st.integers(2, 3000), channels=st.integers(1, 100), out=st.integers(1, 100), seed=st.integers(0, 999))
 def test_a_1x1_convolution_of_any_size_is_exact_on_small_integers(dtype, rows, channels, out, seed):
     """Their sums are exact in float32, so a lost row, a column too many or a wrong pair of bf16 shows.
 
-    The kernels take 432 rows of 70 channels and 70 outputs at once.
+    The kernels take 288 rows of 100 channels and 100 outputs at once.
     """
     generator = torch.Generator().manual_seed(seed)
     x, weight, g = (torch.randint(-2, 3, shape, generator=generator).float()
@@ -138,14 +138,16 @@ def test_weights_keep_their_names_and_evaluation_is_untouched():
     assert torch.equal(fused.eval()(x), plain.eval()(x))
 
 
-def test_the_same_step_gives_the_same_bits():
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_same_step_gives_the_same_bits(bf16):
     _, _, fused = models("mobilenetv2_050")
     start, x = copy.deepcopy(fused.state_dict()), torch.randn(4, 3, 64, 64)
-    first = step(fused, x)
-    for _ in range(3):
-        fused.load_state_dict(start)
-        again = step(fused, x)
-        assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        first = step(fused, x)
+        for _ in range(3):
+            fused.load_state_dict(start)
+            again = step(fused, x)
+            assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
 
 
 def test_a_model_of_other_pieces_is_left_alone():
@@ -175,8 +177,13 @@ def test_the_code_for_avx2_is_as_exact_where_the_processor_could_do_more():
 @pytest.mark.skipif(not blocks.has_matrix_unit(), reason="the other tests run without one")
 def test_the_code_without_a_matrix_unit_is_as_exact_where_the_processor_has_one():
     out = run_as("avx512", "-c", f"import pytest; from kd.fast import blocks; blocks.has_matrix_unit = lambda: False\n"
-                 f"pytest.main(['-n', '0', '-p', 'no:cacheprovider', {__file__!r}, '-k', 'no_less_exact'])")
-    assert "4 passed" in out and "skipped" not in out
+                 f"pytest.main(['-n', '0', '-p', 'no:cacheprovider', {__file__!r}, '-k', 'less_exact or any_size'])\n"
+                 "import torch; print('in tiles:', torch.ops.kd_blocks.in_tiles())")
+    assert "6 passed" in out and "skipped" not in out and "in tiles: False" in out
+
+
+def test_the_matrix_unit_is_used_where_there_is_one():
+    assert torch.ops.kd_blocks.in_tiles() == (blocks.has_bf16() and blocks.has_matrix_unit())
 
 
 @on_x86
@@ -190,15 +197,16 @@ def test_a_processor_without_avx2_keeps_the_plain_modules():
 @on_x86
 @pytest.mark.skipif(blocks.has_matrix_unit(), reason="the other tests run it")
 @pytest.mark.skipif(not shutil.which("g++"), reason="no GNU compiler")
-@pytest.mark.parametrize("flags, instruction", [([], "vdpbf16ps"), (blocks.MATRIX_UNIT, "tdpbf16ps")])
-def test_the_code_for_other_processors_compiles_and_multiplies_bf16(tmp_path, flags, instruction):
+def test_the_code_for_other_processors_compiles_and_multiplies_bf16(tmp_path):
     from torch.utils import cpp_extension
+    probe = subprocess.run(["g++", *blocks.MATRIX_UNIT, "-E", "-x", "c++", os.devnull], capture_output=True)
+    known = probe.returncode == 0
     folders = [*cpp_extension.include_paths(), sysconfig.get_path("include")]
     subprocess.run(["g++", "-std=c++20", "-O0", "-S", str(Path(blocks.__file__).with_suffix(".cpp")),
-                    *build.instruction_flags("AVX512"), "-mavx512bf16", *flags, "-o", "blocks.s",
-                    *(f"-I{folder}" for folder in folders)], cwd=tmp_path, check=True)
+                    *build.instruction_flags("AVX512"), "-mavx512bf16", *(blocks.MATRIX_UNIT if known else []),
+                    "-o", "blocks.s", *(f"-I{folder}" for folder in folders)], cwd=tmp_path, check=True)
     assembly = (tmp_path / "blocks.s").read_text()
-    assert instruction in assembly and "zmm" in assembly
+    assert "vdpbf16ps" in assembly and "zmm" in assembly and ("tdpbf16ps" in assembly) == known
 
 
 @on_x86
