@@ -173,7 +173,7 @@ from kd.data.sources import open_dataset, with_unlabelled
 from kd.data.splits import record
 from kd.fast import blocks
 from kd.losses import LossFunction
-from kd.machine import console, devices, distributed, files, hub, runtime, signals
+from kd.machine import console, distributed, files, hub, runtime, signals
 from kd.machine.health import Guard
 from kd.machine.runtime import Runtime
 from kd.predict import predict
@@ -411,7 +411,7 @@ def main(cfg: Config) -> dict[str, Any]:
     views = Views(cfg.seed, cfg.size, AUGMENTATIONS[cfg.augment], cfg.views)
     loss_name = choose_loss(data, views, cfg.kd_weight, cfg, machine)[1]
     # Other kernels and other processors round differently: a resumed run says so.
-    run.computes_with(f"{machine.line}, {devices.instructions()}, {type(student).__name__}, loss {loss_name}")
+    run.computes_with(f"{machine.line}, {blocks.instructions()}, {type(student).__name__}, loss {loss_name}")
     print(headline(dataset.name, by_role, teacher_model, student, loss_name, cfg, machine),
           *duplicates(data), sep="\n")                        # equal pictures in two splits
 

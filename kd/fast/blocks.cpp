@@ -226,7 +226,7 @@ void strip(long m, long kw, Left A, Panels B, float* C, long panel, bool add) {
 }
 
 #ifdef __AMX_BF16__
-// Linux has to allow the process to use the unit: `has_matrix_unit` in kd/machine/devices.py asks it.
+// Linux has to allow the process to use the unit: `has_matrix_unit` in blocks.py asks it.
 struct TileShapes { uint8_t palette = 1, start = 0, unused[14] = {}; uint16_t bytes[16] = {}; uint8_t rows[16] = {}; };
 constexpr TileShapes eight_whole_tiles() {
   TileShapes shapes;

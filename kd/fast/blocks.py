@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from kd import one_line
 from kd.fast import build
-from kd.machine.devices import has_matrix_unit
 
 try:
     from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedResidual
@@ -68,6 +67,16 @@ def unavailable() -> str:
         except build.BuildError as error:
             reason = f"the fused blocks cannot be compiled: {error}"
     return reason
+
+
+def has_matrix_unit() -> bool:
+    """Whether the CPU multiplies bfloat16 in a matrix unit (Intel's AMX). Asks Linux, which has to let the process."""
+    return torch.cpu.get_capabilities().get("amx_bf16", False) and torch.cpu._init_amx()
+
+
+def instructions() -> str:
+    """For people: what the CPU computes with. Rounding depends on it."""
+    return torch.backends.cpu.get_cpu_capability() + (" with AMX" if has_matrix_unit() else "")
 
 
 def has_bf16() -> bool:

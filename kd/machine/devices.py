@@ -127,16 +127,6 @@ def name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "untried"
 
 
-def has_matrix_unit() -> bool:
-    """Whether the CPU multiplies bfloat16 in a matrix unit (Intel's AMX). Asks Linux, which has to let the process."""
-    return torch.cpu.get_capabilities().get("amx_bf16", False) and torch.cpu._init_amx()
-
-
-def instructions() -> str:
-    """For people: what the CPU computes with. Rounding depends on it."""
-    return torch.backends.cpu.get_cpu_capability() + (" with AMX" if has_matrix_unit() else "")
-
-
 def wait(device: torch.device) -> None:
     """Return once the device has done all that was queued."""
     if device.type != "cpu":

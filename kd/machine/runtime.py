@@ -170,7 +170,8 @@ def environment() -> dict[str, Any]:
     versions = {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__,
                 "torchvision": torchvision.__version__, "numpy": numpy.__version__, "pillow": PIL.__version__}
     return {**versions, "system": platform.system(), "machine": platform.machine(), "cpus": os.cpu_count(),
-            "cpu_capability": devices.instructions(), "threads": torch.get_num_threads(),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "amx": torch.cpu.get_capabilities().get("amx_bf16", False), "threads": torch.get_num_threads(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
 
 
