@@ -187,7 +187,9 @@ template <class T> constexpr bool IN_TILES = false;
 #endif
 template <class T> constexpr long TILE = IN_TILES<T> ? 16 : 1;
 template <class T> long words_of(long n) { return up(up(n, per<T>) / per<T>, TILE<T>); }    // of n summed values
-template <class T> Buffer operand(long n) { return IN_TILES<T> ? Buffer(n, 0) : Buffer(n); }  // room for one, in words
+template <class T> long row_of(long n) { return up(up(n, 16) / per<T>, TILE<T>); }  // words of a row of n values
+// Scratch for n words of an operand: zeros, where they fill up tiles.
+template <class T> Buffer operand(long n) { return IN_TILES<T> ? Buffer(n, 0) : Buffer(n); }
 
 template <class T> INLINE V multiply_add(V a, V b, V c) {
 #ifdef CPU_CAPABILITY_AVX512
@@ -292,7 +294,7 @@ inline void tile_strips(long width, long m, long kw, Left A, Panels B, float* C,
 #endif
 
 // The width of the next strip, in blocks. AVX2 has 16 registers: 6 rows of one block fill 12, and B takes two.
-// AVX-512 has 32, of a whole block each.
+// AVX-512 has 32, of a whole block each. The matrix unit takes a strip two blocks at a time.
 template <class T> long strip_width(long left) {
   if (IN_TILES<T>) return std::min(left, 4L);
   if (REGS > 1) return 1;
@@ -572,7 +574,7 @@ inline long chunk_rows(long words_a_row) { return std::max(48L, 65536 / words_a_
 // y (M, N) = input (M, K) times the weight (N, K), transposed.
 template <class T, class F>
 void dense_forward(const F& input, const float* weight, const Output<T>& y, Sums& sums, long M, long K, long N) {
-  const long Np = up(N, 16), chunk = chunk_rows(K + N), kw = words_of<T>(K), row = std::max(up(K, 16) / per<T>, kw);
+  const long Np = up(N, 16), chunk = chunk_rows(K + N), kw = words_of<T>(K), row = row_of<T>(K);
   const Packed<T> B(K, N, [=](long r, long c, auto k) {
     float column[16] = {};
     for (long j = 0; j < count(k); j++) column[j] = weight[(c + j) * K + r];
@@ -597,7 +599,7 @@ template <class T, class F>
 void dense_backward(const F& input, const Normed<T>& a, const Sloped<T>& dy, const float* weight, const T* skip,
                     const Output<T>* g_in, float* dW, Sums& sums, long M, long K, long N) {
   const long Kp = up(K, 16), Np = up(N, 16), chunk = chunk_rows(K + N), n = at::get_num_threads();
-  const long kw = words_of<T>(N), row = std::max(Np / per<T>, kw);
+  const long kw = words_of<T>(N), row = row_of<T>(N);
   const long panel = up(N, TILE<T>) * 16, dw_size = Kp / 16 * panel;
   const Packed<T> B(g_in ? N : 0, K, [=](long r, long c, auto k) { return load(weight + r * K + c, k); });
   const Buffer dWs(n * dw_size, 0);                 // of each thread, in panels

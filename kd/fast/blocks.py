@@ -60,9 +60,9 @@ def unavailable() -> str:
         flags += ["-mavx512bf16"]
     # An old compiler does not know the matrix unit. It then makes the kernels without it.
     tries = [[*flags, *MATRIX_UNIT], flags] if capability == "AVX512" and has_matrix_unit() else [flags]
-    for flags in tries:
+    for chosen in tries:
         try:
-            build.load(source, flags, seconds=30)
+            build.load(source, chosen, seconds=30)
             return ""
         except build.BuildError as error:
             reason = f"the fused blocks cannot be compiled: {error}"
