@@ -170,10 +170,12 @@ def cell(shares: Sequence[float]) -> str:
 
 
 def versus(arm: Arm, other: Arm, splits: Sequence[str] = ("test",), by_class: bool = False,
-           allowed: frozenset[str] = frozenset()) -> str:
-    """The cell of `arm` − `other`; empty where `difference` has none."""
+           allowed: frozenset[str] = frozenset(), with_n: bool = False) -> str:
+    """The cell of `arm` − `other`; empty where `difference` has none. with_n: where the row does not say n."""
     values = difference(arm, other, splits, by_class, allowed)
-    return difference_cell(values) if values else ""
+    if not values:
+        return ""
+    return difference_cell(values) + (f", n = {values['n']}" if with_n else "")
 
 
 # ---- few labels --------------------------------------------------------------------------------------
@@ -235,12 +237,8 @@ def parts_table() -> str:
 
     rows = []
     for label, first, second, allowed in PARTS:
-        cells = []
-        for column in columns:
-            values = difference(arm(*column, first), arm(*column, second), splits_of(column[0]),
-                                allowed=frozenset(allowed))
-            cells.append(f"{difference_cell(values)}, n = {values['n']}" if values else "")
-        rows.append([label, *cells])
+        rows.append([label, *(versus(arm(*column, first), arm(*column, second), splits_of(column[0]),
+                                     allowed=frozenset(allowed), with_n=True) for column in columns)])
     return markdown(["difference", *(f"{NAMES[kind]}, {labels} labels" for kind, labels in columns)], rows)
 
 

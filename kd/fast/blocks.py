@@ -76,7 +76,7 @@ def has_matrix_unit() -> bool:
 
 def instructions() -> str:
     """For people: what the CPU computes with. Rounding depends on it."""
-    return torch.backends.cpu.get_cpu_capability() + (" with AMX" if has_matrix_unit() else "")
+    return torch.backends.cpu.get_cpu_capability() + (" with AMX" if has_bf16() and has_matrix_unit() else "")
 
 
 def has_bf16() -> bool:
