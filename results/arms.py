@@ -30,6 +30,7 @@ from results.folds import FOLDS
 from results.tables import difference_cell, markdown
 
 HERE = Path(__file__).resolve().parent
+STEPS = HERE / "methods" / "steps.json"
 Runs = dict[int, dict[str, Any]]        # what is kept of the runs of one arm, by seed
 
 
@@ -275,7 +276,8 @@ ALLOWED = frozenset({"method", "standardise", "kd_weight", "temperature", "label
 
 
 def methods_table() -> str:
-    """A row for each method on Caltech-101: its setting, accuracy, mean per class, and the gain."""
+    """A row for each method on Caltech-101: its setting, accuracy, mean per class, gain, time and bytes."""
+    steps = json.loads(STEPS.read_text("utf-8"))["methods"] if STEPS.exists() else {}
     rows = []
     for name in ("control", *methods.METHODS):
         runs = read_runs(f"methods/{name}")
@@ -285,8 +287,11 @@ def methods_table() -> str:
         over = [versus(arm, Arm(f"methods/{other}"), allowed=ALLOWED) if name != other else ""
                 for other in ("control", "kd")]
         setting = " ".join(methods.chosen(name)[-2:]) if name != "control" else ""
-        rows.append([name, setting, str(len(runs)), cell(accuracies(arm)), cell(accuracies(arm, by_class=True)), *over])
-    return markdown(["method", "tuned", "n", "test accuracy", "mean per class", "over the control", "over kd"], rows)
+        cost = [f"{steps[name]['milliseconds']:.0f} ms", f"{steps[name]['bytes']:,}"] if name in steps else ["", ""]
+        rows.append([name, setting, str(len(runs)), cell(accuracies(arm)), cell(accuracies(arm, by_class=True)), *over,
+                     *cost])
+    return markdown(["method", "tuned", "n", "test accuracy", "mean per class", "over the control", "over kd", "step",
+                     "bytes a view"], rows)
 
 
 def tuning_table() -> str:

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 
 import train
 from kd import cli
 from kd.data.frames import decode
 from kd.data.sources import open_dataset
+from kd.features import width
 from kd.few_labels import by_role
-from results import arms, few_labels, folds, launch, methods
+from results import arms, few_labels, folds, launch, methods, steps
 from results.arms import Arm
 from tests.helpers import toy
 from tests.helpers.runs import stop_at_step
@@ -204,3 +206,16 @@ def test_the_best_value_on_validation_is_chosen_and_of_two_the_first(tmp_path, m
     monkeypatch.setattr(methods, "TUNING", tmp_path / "tuning.json")
     (tmp_path / "tuning.json").write_text(json.dumps({"kd": {"4": 0.5, "2": 0.5, "1": 0.4}}))
     assert methods.chosen("kd") == ["--method", "kd", "--kd-weight", "0.9", "--temperature", "2"]
+
+
+def test_a_step_is_timed_and_its_bytes_counted_for_every_kind_of_method(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(steps, "STEPS", 2)
+    shared = ["--dataset", str(photos), "--size", "32", "--teacher", "test_resnet", "--teacher-weights", "none",
+              "--student", "test_efficientnet", "--cache-dir", str(tmp_path), "--device", "cpu", "--compile", "off"]
+    kinds = {"control": ["--kd-weight", "0"], "control again": ["--kd-weight", "0"], "kd": [],
+             "rkd": ["--method", "rkd"], "simkd": ["--method", "simkd", "--kd-weight", "1"]}
+    found = steps.timed({name: [*shared, *own] for name, own in kinds.items()}, 2)["methods"]
+    features = width(timm.create_model("test_resnet"))
+    assert {name: row["bytes"] for name, row in found.items()} == {
+        "control": 0, "control again": 0, "kd": 4 * 3, "rkd": 4 * (3 + features), "simkd": 4 * (3 + features)}
+    assert all(row["milliseconds"] > 0 for row in found.values()) and found["control"]["times"] == 1

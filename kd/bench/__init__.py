@@ -21,6 +21,7 @@ from kd import BadInput, cli
 def main(argv: list[str]) -> None:
     """Print what was measured. Raises BadInput."""
     import train  # only now, so that `import kd.bench.loss` does without it
+    from kd import methods
     from kd.bench import compare, loop, loss
 
     if argv[:1] == ["loss"]:
@@ -41,6 +42,11 @@ def main(argv: list[str]) -> None:
     if name == "compare" and not 0 < own.minutes < math.inf:
         raise BadInput(f"--minutes {own.minutes}: must be above 0")
     cfg = cli.parse_config(train.Config, {**train.RECIPES, "demo": loop.DEFAULTS}, flags, __doc__ or "")
+    for unused in ("labels", "unlabelled", "teacher_size", "topk"):     # they would change the time of a real run
+        if getattr(cfg, unused):
+            given = f"--{unused.replace('_', '-')} {getattr(cfg, unused)}"
+            raise BadInput(f"{given}: is not part of what is timed; leave it out")
+    methods.check_flags(cfg)
     if name and cli.ranks() > 1:
         raise BadInput(f"{name}: times one process against another; start it without torchrun")
 

@@ -248,8 +248,8 @@ def compare(cfg: train.Config, steps: int, rounds: int = 0, minutes: float = MIN
         # ---- the bare step: forward, backward and update of tensors that lie ready, which no loop can beat ----------
         optimizer, scaler = bench.new_optimizer(student)
         rows = len(batches[0].samples)
-        teacher_logits = torch.randn(rows, len(classes), device=device)
-        forward: nn.Module = models.FromPixels(student, bench.prep)
+        teacher_outputs = torch.randn(rows, bench.warm.classes, device=device)
+        forward: nn.Module = models.FromPixels(student, bench.prep, bench.with_features)
         if machine.compile == "on":
             forward = bench.compiled(forward, cfg.batch_size, cfg.accumulate)
 
@@ -257,7 +257,7 @@ def compare(cfg: train.Config, steps: int, rounds: int = 0, minutes: float = MIN
             student.train()
             begin = wait(device)
             for _ in range(steps):
-                train.train_step(forward, optimizer, scaler, batches[0], teacher_logits, bench.loss_fn, cfg,
+                train.train_step(forward, optimizer, scaler, batches[0], teacher_outputs, bench.loss_fn, cfg,
                                  machine)
             return steps * rows / (wait(device) - begin)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import train
-from kd import models
+from kd import features, methods, models
 from kd.batches import Batch, load_batches
 from kd.bench.limits import communication, machine_limits, peak_memory, training_flops, wait
 from kd.data.frames import Data, Split
@@ -79,13 +79,17 @@ class Bench:
             data = train.decode(dataset, size=cfg.size, crop_pct=self.prep.crop_pct,
                                 interpolation=self.prep.interpolation, cache_dir=cfg.cache_dir)
             teacher = models.freeze(train.build("teacher", dataset.classes, cfg, self.machine))
+        methods.check_models(cfg, teacher, self.student)
+        self.with_features = cfg.kd_weight > 0 and cfg.method in methods.ON_FEATURES
+        if cfg.kd_weight and cfg.method == "simkd":
+            features.reuse_head(self.student, teacher)
 
         self.samples = steps * cfg.batch_size
         self.data = block(data, self.samples)
         self.views = Views(0, cfg.size, train.AUGMENTATIONS[cfg.augment], 1)
 
         self.teacher = Teacher(teacher, models.preprocessing(teacher), self.data, self.views, self.machine,
-                               StoreOptions(folder))
+                               StoreOptions(folder, with_features=self.with_features))
         self.warm = self.teacher.store
         self.loss_fn, self.loss_name = train.choose_loss(self.data, self.views, cfg.kd_weight, cfg,
                                                          self.machine)
@@ -113,11 +117,11 @@ class Bench:
         data = block(whole, steps * self.cfg.batch_size) if steps else whole
         self.teacher.data, self.teacher.store = data, self.warm
         if cold:
-            self.teacher.store = LogitStore(self.folder / f"cold-{number}", {}, len(data.train), len(data.classes))
+            self.teacher.store = LogitStore(self.folder / f"cold-{number}", {}, len(data.train), self.warm.classes)
         run = Run(self.folder / f"run-{number}", {}, set())
         run.flush_before_save(self.teacher.store)
         job = train.Job("student", student, self.prep, data, self.views, self.machine, 1, self.cfg.lr,
-                        self.cfg.kd_weight, self.teacher)
+                        self.cfg.kd_weight, self.teacher if self.cfg.kd_weight else None)
 
         pause = Clock.pause
 
@@ -150,14 +154,14 @@ class Bench:
 class Timed(nn.Module):
     """A model whose forward is a part of its own."""
 
-    def __init__(self, model: nn.Module, lap: Any) -> None:
+    def __init__(self, model: nn.Module, with_features: bool, lap: Any) -> None:
         super().__init__()
-        self.model, self.lap = model, lap
+        self.model, self.with_features, self.lap = model, with_features, lap
 
     def forward(self, x: Tensor) -> Tensor:
-        logits = self.model(x)
+        outputs = features.logits_and_features(self.model, x) if self.with_features else self.model(x)
         self.lap("student forward")
-        return logits
+        return outputs
 
 
 def parts(cfg: train.Config, rounds: int, steps: int) -> dict[str, Any]:
@@ -222,7 +226,7 @@ def _step_by_parts(bench: Bench, student: nn.Module) -> tuple[dict[str, float], 
         return loss
 
     bench.data.train.frames.read = read  # type: ignore[assignment, method-assign]
-    model = Timed(distributed.wrap(student, device), lap)
+    model = distributed.wrap(Timed(student, bench.with_features, lap), device)
     optimizer, scaler = bench.new_optimizer(student)
     optimizer.register_step_pre_hook(lambda *_: lap("backward and clipping"))
 
@@ -239,11 +243,13 @@ def _step_by_parts(bench: Bench, student: nn.Module) -> tuple[dict[str, float], 
             lap("view")
             batch = batch._replace(pixels=models.normalize(batch.pixels, bench.prep))
             lap("normalise")
-            teacher_logits = bench.warm.get(batch.view, batch.samples)
-            assert teacher_logits is not None
-            lap("stored logits")
-            train.train_step(model, optimizer, scaler, batch, teacher_logits.to(device), loss_fn, bench.cfg,
-                             bench.machine)
+            teacher_outputs = None
+            if bench.cfg.kd_weight:
+                teacher_outputs = bench.warm.get(batch.view, batch.samples)
+                assert teacher_outputs is not None
+                teacher_outputs = teacher_outputs.to(device)
+                lap("stored logits")
+            train.train_step(model, optimizer, scaler, batch, teacher_outputs, loss_fn, bench.cfg, bench.machine)
             lap("optimizer")
             walls.append(wait(device) - start)
 

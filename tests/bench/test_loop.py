@@ -31,6 +31,15 @@ def test_the_parts_are_the_whole(flags, capsys):
     assert result["startup_seconds"] > 0 and result["peak_memory_mb"] > 50
 
 
+@pytest.mark.parametrize("method", [["--method", "simkd", "--kd-weight", "1"], ["--kd-weight", "0"]])
+def test_a_method_on_features_and_a_control_are_timed_as_they_train(method, flags, capsys):
+    bench.main(["--json", *flags, *method])
+    result = json.loads(capsys.readouterr().out)
+    assert result["loss"] == ("simkd" if "simkd" in method else result["loss"])
+    assert ("stored logits" in result["milliseconds"]) == ("simkd" in method)
+    assert abs(result["sum_over_wall"] - 1) < 0.03 and result["images_per_second"]["p50"] > 0
+
+
 def test_ranks_are_timed_together_and_what_they_say_to_each_other(flags):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "kd", "bench"]
     done = subprocess.run([*command, "--json", *flags], cwd=ROOT, capture_output=True, text=True, timeout=150,
@@ -43,7 +52,8 @@ def test_ranks_are_timed_together_and_what_they_say_to_each_other(flags):
 
 @pytest.mark.parametrize("arguments, said", [
     (["--rounds", "x"], "--rounds"), (["compare", "--rounds", "1"], "at least 2"),
-    (["--teacher", "resnet5O"], "did you mean"), (["--sice", "3"], "--size")])
+    (["--teacher", "resnet5O"], "did you mean"), (["--sice", "3"], "--size"),
+    (["--topk", "2"], "not part of what is timed"), (["--method", "pkt", "--kd-weight", "1"], "features only")])
 def test_bad_arguments_are_refused(arguments, said, photos, tmp_path):
     with pytest.raises(BadInput, match=said):
         bench.main([*arguments, "--dataset", str(photos), "--cache-dir", str(tmp_path)])
