@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kd import models
 from kd.batches import Batch
 from kd.data.frames import Data, Split
-from kd.fast.folding import fold_batchnorm
+from kd.fast.folding import for_answers
 from kd.features import logits_and_features, width
 from kd.logits import LogitStore
 from kd.machine import distributed
@@ -43,9 +43,9 @@ class Teacher:
         """model: frozen, in eval mode; prep: what timm declares for it; data: pictures resized as `prep` says."""
         self.model, self.prep, self.data, self.views, self.runtime = model, prep, data, views, runtime
         self.options, self.weights, self.name = options, models.digest(model), models.architecture(model)
+        self.form = ""                  # what was done to it, to answer sooner
         if runtime.kernels:
-            self.model = fold_batchnorm(model, views.size)
-        self.folded = self.model is not model
+            self.model, self.form = for_answers(model, views.size)
         self.store = self._open_store(data.train, views.augmentation)
 
     @torch.no_grad()
@@ -86,7 +86,7 @@ class Teacher:
     def _open_store(self, split: Split, augmentation: Augmentation | None) -> LogitStore:
         """The logits of one split's views; None: of its centre crops. Found by all that decides their values."""
         key: dict[str, Any] = dict(
-            teacher=self.weights, name=self.name, folded=self.folded, prep=self.prep,
+            teacher=self.weights, name=self.name, form=self.form, prep=self.prep,
             size=self.views.size, frames=split.frames.digest, amp=str(self.runtime.amp),
             device=self.runtime.device.type, torch=torch.__version__, timm=timm.__version__)
         if augmentation is None:
