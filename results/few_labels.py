@@ -42,7 +42,7 @@ ARMS = ("all", "smoothing", "labelled", "hard", "self", "patient-3", "patient-10
 SHARED = ["--recipe", "few", "--allow-weak-teacher"]
 
 # what differs between the data sets, and how long a teacher is fine-tuned on so many labels
-KINDS = {"beans": ["--augment", "crop", "--teacher-augment", "crop", "--teacher-size", "160", "--epochs", "20",
+KINDS = {"beans": ["--augment", "crop", "--teacher-augment", "crop", "--teacher-size", "224", "--epochs", "20",
                    "--views", "20"],
          "caltech101": ["--size", "64", "--teacher-size", "96", "--epochs", "60", "--views", "20"]}
 TEACHER_EPOCHS = {15: 120, 60: 60, 120: 40, 505: 24, 1010: 16, 1034: 12}
