@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kd import models
 from kd.batches import Batch
 from kd.data.frames import Data, Split
-from kd.fast.folding import for_answers
+from kd.fast.folding import for_inference
 from kd.features import logits_and_features, width
 from kd.logits import LogitStore
 from kd.machine import distributed
@@ -45,7 +45,7 @@ class Teacher:
         self.options, self.weights, self.name = options, models.digest(model), models.architecture(model)
         self.form = ""                  # what was done to it, to answer sooner
         if runtime.kernels:
-            self.model, self.form = for_answers(model, views.size)
+            self.model, self.form = for_inference(model, views.size)
         self.store = self._open_store(data.train, views.augmentation)
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ import torch
 
 import train
 from kd import BadInput, features, models
-from kd.fast.folding import for_answers
+from kd.fast.folding import for_inference
 from kd.features import ReusedHead, logits_and_features, merge_head, reuse_head, width
 from kd.teacher import StoreOptions
 
@@ -37,7 +37,7 @@ def test_the_features_are_what_the_classifier_makes_logits_of(name):
 
 def test_a_folded_teacher_has_the_same_features():
     one, x = model("test_resnet"), torch.randn(2, 3, 64, 64)
-    folded, done = for_answers(one, 64)
+    folded, done = for_inference(one, 64)
     assert "folded" in done
     with torch.no_grad():
         torch.testing.assert_close(logits_and_features(folded, x), logits_and_features(one, x), rtol=1e-4, atol=1e-4)

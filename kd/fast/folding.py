@@ -1,4 +1,4 @@
-"""A model that only answers, in fewer passes over its activations.
+"""Inference in fewer passes over the activations, for a model that is frozen.
 
 In eval mode BatchNorm is a line for each channel, y·γ/σ + (β − μγ/σ), and a convolution before it is linear too. So
 both together are one convolution with other weights and a bias (Jacob et al. 2018, section 3.2). On a CPU, oneDNN can
@@ -24,11 +24,11 @@ ACTIVATIONS: dict[type[nn.Module], tuple[str, list[float]]] = {
 
 
 @torch.no_grad()
-def for_answers(model: nn.Module, size: int) -> tuple[nn.Module, str]:
-    """A copy of `model`, which is in eval mode, in fewer passes, and what was done to it, for people and as a key.
+def for_inference(model: nn.Module, size: int) -> tuple[nn.Module, str]:
+    """A faster copy of `model`, which is in eval mode, and what was done to it: "folded", "fused", both or "".
 
-    size: side of the square input, in pixels. A step that gives other logits for a test picture is not taken, as where
-    convolutions normalise their own weights. `model` itself and "" come back where none is.
+    size: side of the square input, in pixels. Whatever gives other logits for a test picture is not done, as where
+    convolutions normalise their own weights. Where nothing is done, `model` itself comes back.
     """
     parameter = next(model.parameters())
     ramp = torch.linspace(-2, 2, 2 * 3 * size * size, device=parameter.device, dtype=parameter.dtype)

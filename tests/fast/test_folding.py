@@ -6,7 +6,7 @@ import torch
 from timm.layers import Conv2dSame
 from torch import nn
 
-from kd.fast.folding import ACTIVATIONS, ConvAct, for_answers, fuse_activations
+from kd.fast.folding import ACTIVATIONS, ConvAct, for_inference, fuse_activations
 
 
 def trained(name: str) -> nn.Module:
@@ -30,7 +30,7 @@ def norms(model: nn.Module) -> int:
 def test_all_norms_go_the_activations_follow_and_the_logits_stay(name, pairs):
     model = trained(name)
     count = norms(model)
-    changed, done = for_answers(model, 64)
+    changed, done = for_inference(model, 64)
     assert done == "folded, fused" and norms(changed) == 0 and norms(model) == count > 0
     fused = [module for module in changed.modules() if isinstance(module, ConvAct)]
     assert len(fused) == pairs
@@ -43,7 +43,7 @@ def test_all_norms_go_the_activations_follow_and_the_logits_stay(name, pairs):
 @pytest.mark.parametrize("name", ["test_vit", "nf_resnet26"])
 def test_without_foldable_norms_the_model_itself_comes_back(name):
     model = trained(name)
-    assert for_answers(model, 160 if name == "test_vit" else 64) == (model, "")
+    assert for_inference(model, 160 if name == "test_vit" else 64) == (model, "")
 
 
 class Shared(nn.Module):
@@ -66,7 +66,7 @@ def test_what_another_part_uses_as_well_is_not_folded(shared):
     model = Shared(shared)
     model(torch.randn(8, 3, 8, 8) * 3)
     model.eval()
-    assert for_answers(model, 8) == (model, "")
+    assert for_inference(model, 8) == (model, "")
 
 
 @pytest.mark.parametrize("act", list(ACTIVATIONS), ids=lambda kind: kind.__name__)
@@ -105,4 +105,4 @@ def test_an_activation_behind_a_sum_in_place_is_left_alone():
 
 def test_another_version_of_torch_does_without(monkeypatch):
     monkeypatch.setattr(torch.ops, "mkldnn", object())
-    assert for_answers(trained("test_resnet"), 64)[1] == "folded"
+    assert for_inference(trained("test_resnet"), 64)[1] == "folded"
