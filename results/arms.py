@@ -46,7 +46,7 @@ def keep(run: Path, folder: Path) -> None:
     assert run.name == f"seed-{config['seed']}", run
     dataset = open_dataset(config["dataset"], say=lambda line: None)
     test = read_predictions(run / FILE)
-    machine = runtime.start("cpu", "off", "off", "off")
+    machine = runtime.start("cpu", config["amp"], "off", "off")
     names = {"validation": [dataset.splits["validation"].name_of(row)
                             for row in range(len(dataset.splits["validation"].labels))], "test": list(test.names)}
     labels = {"validation": dataset.splits["validation"].labels, "test": test.labels}
@@ -63,8 +63,8 @@ def keep(run: Path, folder: Path) -> None:
                       cache_dir=config["cache_dir"])
         logits = predict(model, data.validation.frames, prep, size, machine, role)
         right = {"validation": logits.argmax(1) == labels["validation"], "test": test.correct(role)}
-        # The run predicted in its own precision. It must be the same model and the same pictures.
-        assert abs(right["validation"].mean() - result[role]["validation_accuracy"]) < 0.01, (run, role)
+        # It must be the same model and the same pictures. Rounding may change a few, as in a folded teacher.
+        assert abs(right["validation"].mean() - result[role]["validation_accuracy"]) < 0.02, (run, role)
         result["right"][role] = {split: np.packbits(in_order(right[split], names[split])).tobytes().hex()
                                  for split in right}
     weights = (run / "teacher" / "model.safetensors").read_bytes()
