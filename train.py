@@ -427,7 +427,7 @@ def main(cfg: Config) -> dict[str, Any]:
 
     # ---- 3. It is frozen. From here on it only answers, and each answer is kept. ------------------
     options = StoreOptions(Path(cfg.cache_dir).expanduser(), cfg.topk, cfg.temperature,
-                           with_features=cfg.kd_weight > 0 and cfg.method in methods.ON_FEATURES)
+                           with_features=methods.compares_features(cfg))
     teacher = Teacher(models.freeze(teacher_model), teacher_prep, by_role_for_teacher.student,
                       dataclasses.replace(views, size=teacher_size), machine, options)
     run.flush_before_save(teacher.store)      # a checkpoint finds all its answers on the disk

@@ -231,9 +231,14 @@ def check_flags(cfg: Any) -> None:
                        f"a time with each other, here {rows}; give enough for 3")
 
 
+def compares_features(cfg: Any) -> bool:
+    """Whether the student of a run learns pooled features, so that its teacher has to give them."""
+    return cfg.kd_weight > 0 and cfg.method in ON_FEATURES
+
+
 def check_models(cfg: Any, teacher: nn.Module, student: nn.Module) -> None:
     """Raise BadInput where the method compares pooled features and a model has none."""
-    if cfg.kd_weight and cfg.method in ON_FEATURES:
+    if compares_features(cfg):
         features.refuse_without("teacher", teacher, cfg.method, cfg.size_of("teacher"))
         features.refuse_without("student", student, cfg.method, cfg.size_of("student"))
 

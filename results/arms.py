@@ -30,7 +30,6 @@ from results.folds import FOLDS
 from results.tables import difference_cell, markdown
 
 HERE = Path(__file__).resolve().parent
-STEPS = HERE / "methods" / "steps.json"
 Runs = dict[int, dict[str, Any]]        # what is kept of the runs of one arm, by seed
 
 
@@ -63,8 +62,8 @@ def keep(run: Path, folder: Path) -> None:
                       cache_dir=config["cache_dir"])
         logits = predict(model, data.validation.frames, prep, size, machine, role)
         right = {"validation": logits.argmax(1) == labels["validation"], "test": test.correct(role)}
-        # It must be the same model and the same pictures. Rounding may change a few, as in a folded teacher.
-        assert abs(right["validation"].mean() - result[role]["validation_accuracy"]) < 0.02, (run, role)
+        # It must be the same model and the same pictures. The teacher was folded in the run, which rounds differently.
+        assert abs(right["validation"].mean() - result[role]["validation_accuracy"]) < 0.01, (run, role)
         result["right"][role] = {split: np.packbits(in_order(right[split], names[split])).tobytes().hex()
                                  for split in right}
     weights = (run / "teacher" / "model.safetensors").read_bytes()
@@ -277,7 +276,7 @@ ALLOWED = frozenset({"method", "standardise", "kd_weight", "temperature", "label
 
 def methods_table() -> str:
     """A row for each method on Caltech-101: its setting, accuracy, mean per class, gain, time and bytes."""
-    steps = json.loads(STEPS.read_text("utf-8"))["methods"] if STEPS.exists() else {}
+    steps = json.loads(methods.STEPS.read_text("utf-8"))["methods"] if methods.STEPS.exists() else {}
     rows = []
     for name in ("control", *methods.METHODS):
         runs = read_runs(f"methods/{name}")

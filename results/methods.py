@@ -20,6 +20,7 @@ from kd.machine.files import write_atomic
 from results import launch
 
 TUNING = Path(__file__).resolve().parent / "methods" / "tuning.json"
+STEPS = TUNING.with_name("steps.json")      # written by results/steps.py
 SHARED = ["--recipe", "few", "--size", "64", "--teacher-size", "96"]
 EPOCHS, TUNING_EPOCHS, TEACHER_EPOCHS = 20, 10, 8
 TUNING_SEED = 100

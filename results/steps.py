@@ -21,16 +21,15 @@ from kd.bench.loop import Bench
 from kd.fast import blocks
 from kd.machine import runtime
 from kd.machine.files import write_atomic
-from results.methods import CONTROL, METHODS, SHARED
+from results.methods import CONTROL, METHODS, SHARED, STEPS
 
-FILE = Path(__file__).resolve().parent / "methods" / "steps.json"
-STEPS = 8       # of each method in a round
+STEPS_A_ROUND = 8       # of each method
 
 
 def timed(flags: dict[str, list[str]], rounds: int) -> dict[str, Any]:
     """By the name of the flags: milliseconds of a step, times those of "control", and bytes of a view."""
     with tempfile.TemporaryDirectory() as folder:
-        benches = {name: Bench(cli.parse_config(train.Config, train.RECIPES, own, __doc__ or ""), STEPS,
+        benches = {name: Bench(cli.parse_config(train.Config, train.RECIPES, own, __doc__ or ""), STEPS_A_ROUND,
                                Path(folder) / name) for name, own in flags.items()}
         turns = Turns({name: partial(bench.fit, bench.student) for name, bench in benches.items()}, rounds)
     machine = next(iter(benches.values())).machine
@@ -39,7 +38,7 @@ def timed(flags: dict[str, list[str]], rounds: int) -> dict[str, Any]:
         times, interval = turns.ratio("control", name)      # of images a second, so the control's are above
         found[name] = {"milliseconds": 1000 * bench.cfg.batch_size / turns.median(name), "times": times,
                        "times_95": interval, "bytes": 4 * bench.warm.classes if bench.cfg.kd_weight else 0}
-    return {"methods": found, "rounds": rounds, "steps_a_round": STEPS,
+    return {"methods": found, "rounds": rounds, "steps_a_round": STEPS_A_ROUND,
             "machine": f"{machine.line}, {blocks.instructions()}", "environment": runtime.environment()}
 
 
@@ -55,7 +54,8 @@ def main() -> None:
     flags = {"control": [*shared, *CONTROL], "control again": [*shared, *CONTROL]}
     for name, (own, setting, values) in METHODS.items():
         flags[name] = [*shared, *own, setting, values[0]]
-    write_atomic(FILE, (json.dumps(timed(flags, args.rounds), indent=1) + "\n").encode())
+    STEPS.parent.mkdir(exist_ok=True)
+    write_atomic(STEPS, (json.dumps(timed(flags, args.rounds), indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -209,7 +209,7 @@ def test_the_best_value_on_validation_is_chosen_and_of_two_the_first(tmp_path, m
 
 
 def test_a_step_is_timed_and_its_bytes_counted_for_every_kind_of_method(photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(steps, "STEPS", 2)
+    monkeypatch.setattr(steps, "STEPS_A_ROUND", 2)
     shared = ["--dataset", str(photos), "--size", "32", "--teacher", "test_resnet", "--teacher-weights", "none",
               "--student", "test_efficientnet", "--cache-dir", str(tmp_path), "--device", "cpu", "--compile", "off"]
     kinds = {"control": ["--kd-weight", "0"], "control again": ["--kd-weight", "0"], "kd": [],

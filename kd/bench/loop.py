@@ -80,8 +80,8 @@ class Bench:
                                 interpolation=self.prep.interpolation, cache_dir=cfg.cache_dir)
             teacher = models.freeze(train.build("teacher", dataset.classes, cfg, self.machine))
         methods.check_models(cfg, teacher, self.student)
-        self.with_features = cfg.kd_weight > 0 and cfg.method in methods.ON_FEATURES
-        if cfg.kd_weight and cfg.method == "simkd":
+        self.with_features = methods.compares_features(cfg)
+        if self.with_features and cfg.method == "simkd":
             features.reuse_head(self.student, teacher)
 
         self.samples = steps * cfg.batch_size
