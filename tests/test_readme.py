@@ -42,7 +42,7 @@ def every_table() -> dict[str, str]:
                                             ("results/README.md", "times"), ("results/README.md", "search"),
                                             ("README.md", "few"), ("results/README.md", "few"),
                                             ("results/README.md", "by class"), ("results/README.md", "parts"),
-                                            ("results/README.md", "pretrained")])
+                                            ("results/README.md", "patience"), ("results/README.md", "pretrained")])
 def test_every_table_is_made_from_its_runs(document, name):
     """To correct it, put what `python -m results.tables` or `results.arms` prints between the two comments."""
     assert tables.shown(ROOT / document, name) == every_table()[name]
