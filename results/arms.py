@@ -275,7 +275,7 @@ ALLOWED = frozenset({"method", "standardise", "kd_weight", "temperature", "label
 
 
 def methods_table() -> str:
-    """A row for each method on Caltech-101: its setting, accuracy, mean per class, gain, time and bytes."""
+    """A row for each method: on Caltech-101 its setting, accuracy, mean per class, gain, time and bytes; then beans."""
     steps = json.loads(methods.STEPS.read_text("utf-8"))["methods"] if methods.STEPS.exists() else {}
     rows = []
     for name in ("control", *methods.METHODS):
@@ -287,10 +287,12 @@ def methods_table() -> str:
                 for other in ("control", "kd")]
         setting = " ".join(methods.chosen(name)[-2:]) if name != "control" else ""
         cost = [f"{steps[name]['milliseconds']:.0f} ms", f"{steps[name]['bytes']:,}"] if name in steps else ["", ""]
+        beans = Arm(f"methods/beans-{name}")
         rows.append([name, setting, str(len(runs)), cell(accuracies(arm)), cell(accuracies(arm, by_class=True)), *over,
-                     *cost])
+                     *cost, cell(accuracies(beans, BOTH)),
+                     versus(beans, Arm("methods/beans-control"), BOTH, allowed=ALLOWED) if name != "control" else ""])
     return markdown(["method", "tuned", "n", "test accuracy", "mean per class", "over the control", "over kd", "step",
-                     "bytes a view"], rows)
+                     "bytes a view", "beans", "beans, over the control"], rows)
 
 
 def tuning_table() -> str:

@@ -8,6 +8,9 @@ same views at 96 px. All runs of a seed have one teacher, which that seed's cont
 method three values of one setting, in half as long a run of another seed, and writes their accuracies on validation to
 results/methods/tuning.json. `compare` makes the runs of the table with the best of them.
 
+`compare --kind beans` makes the runs of the beans column, with the values that Caltech-101 chose. Their teachers are
+those of `python -m results.few_labels --kind beans --labels 1034 --arms all`, whose --out is given as --teachers.
+
 It makes each run by the command that it prints, one after another. A run that has ended is left alone, and one that was
 stopped goes on. The weights of the last epoch are tested.
 """
@@ -17,11 +20,12 @@ import json
 from pathlib import Path
 
 from kd.machine.files import write_atomic
-from results import launch
+from results import few_labels, launch
 
 TUNING = Path(__file__).resolve().parent / "methods" / "tuning.json"
 STEPS = TUNING.with_name("steps.json")      # written by results/steps.py
-SHARED = ["--recipe", "few", "--size", "64", "--teacher-size", "96"]
+SHARED = {"caltech101": ["--recipe", "few", "--size", "64", "--teacher-size", "96"],
+          "beans": ["--recipe", "few", *few_labels.KINDS["beans"]]}
 EPOCHS, TUNING_EPOCHS, TEACHER_EPOCHS = 20, 10, 8
 TUNING_SEED = 100
 
@@ -42,21 +46,32 @@ METHODS: dict[str, tuple[list[str], str, tuple[str, ...]]] = {
 }
 
 
+def folder_of(name: str, seed: int, args: argparse.Namespace) -> Path:
+    """The folder of a run. Those of beans have other names, so that both may be kept in one folder."""
+    return args.out / (f"beans-{name}" if args.kind == "beans" else name) / f"seed-{seed}"
+
+
 def shared_flags(seed: int, epochs: int, args: argparse.Namespace) -> list[str]:
     """What all runs of a seed have in common."""
-    return [*SHARED, "--dataset", args.data, "--epochs", str(epochs), "--seed", str(seed)]
+    return [*SHARED[args.kind], "--dataset", args.data, "--epochs", str(epochs), "--seed", str(seed)]
+
+
+def run(folder: Path, flags: list[str], seed: int, epochs: int, args: argparse.Namespace) -> None:
+    """A run in that folder, with the teacher of its seed."""
+    first = args.teachers / f"beans-1034-all/seed-{seed}" if args.kind == "beans" else folder_of("control", seed, args)
+    launch.must_have_ended(first)
+    teacher = ["--teacher-weights", str(first / "teacher"), "--teacher-epochs", "0"]
+    launch.train([*shared_flags(seed, epochs, args), *teacher, *flags], folder, args.cache_dir)
 
 
 def control(seed: int, epochs: int, args: argparse.Namespace) -> None:
-    """The control of a seed, which fine-tunes the teacher of all its runs."""
-    launch.train([*shared_flags(seed, epochs, args), *CONTROL, "--teacher-weights", args.teacher_weights,
-                  "--teacher-epochs", str(TEACHER_EPOCHS)], args.out / f"control/seed-{seed}", args.cache_dir)
-
-
-def run(name: str, flags: list[str], seed: int, epochs: int, args: argparse.Namespace) -> None:
-    """A run in the folder of that name, with the teacher of its seed's control."""
-    teacher = ["--teacher-weights", str(args.out / f"control/seed-{seed}/teacher"), "--teacher-epochs", "0"]
-    launch.train([*shared_flags(seed, epochs, args), *teacher, *flags], args.out / name, args.cache_dir)
+    """The control of a seed, which on Caltech-101 fine-tunes the teacher of all its runs."""
+    folder = folder_of("control", seed, args)
+    if args.kind == "beans":
+        run(folder, CONTROL, seed, epochs, args)
+    else:
+        launch.train([*shared_flags(seed, epochs, args), *CONTROL, "--teacher-weights", args.teacher_weights,
+                      "--teacher-epochs", str(TEACHER_EPOCHS)], folder, args.cache_dir)
 
 
 def tuning() -> dict[str, dict[str, float]]:
@@ -70,9 +85,9 @@ def tune(names: list[str], args: argparse.Namespace) -> None:
     for name in names:
         flags, setting, values = METHODS[name]
         for value in values:
-            folder = f"tune/{name}-{value}"
+            folder = args.out / f"tune/{name}-{value}"
             run(folder, [*flags, setting, value], TUNING_SEED, TUNING_EPOCHS, args)
-            result = json.loads((args.out / folder / "result.json").read_text("utf-8"))
+            result = json.loads((folder / "result.json").read_text("utf-8"))
             found = tuning()                # read again: another process may tune other methods
             found.setdefault(name, {})[value] = result["student"]["validation_accuracy"]
             TUNING.parent.mkdir(exist_ok=True)
@@ -91,19 +106,25 @@ def compare(names: list[str], args: argparse.Namespace) -> None:
     for seed in args.seeds:
         control(seed, EPOCHS, args)
         for name in names:
-            run(f"{name}/seed-{seed}", chosen(name), seed, EPOCHS, args)
+            run(folder_of(name, seed, args), chosen(name), seed, EPOCHS, args)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("tune", "compare"))
-    parser.add_argument("--data", required=True, help="Caltech-101")
-    parser.add_argument("--teacher-weights", required=True, help="ImageNet weights of the teacher")
+    parser.add_argument("--kind", choices=tuple(SHARED), default="caltech101")
+    parser.add_argument("--data", required=True, help="the data set")
+    parser.add_argument("--teacher-weights", help="ImageNet weights of the teacher, for Caltech-101")
+    parser.add_argument("--teachers", type=Path, help="the runs of results/few_labels.py, for beans")
     parser.add_argument("--out", required=True, type=Path, help="folder of the runs")
     parser.add_argument("--cache-dir", required=True)
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=range(3))
     args = parser.parse_args()
+    if args.kind == "beans" and (args.what == "tune" or not args.teachers):
+        parser.error("--kind beans is for compare, and needs --teachers")
+    if args.kind == "caltech101" and not args.teacher_weights:
+        parser.error("--kind caltech101 needs --teacher-weights")
     command = tune if args.what == "tune" else compare
     command(args.methods or list(METHODS), args)
 

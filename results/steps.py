@@ -50,7 +50,7 @@ def main() -> None:
     args = parser.parse_args()
 
     # Neither a model's weights nor the value of the tuned setting decide how long a step takes.
-    shared = [*SHARED, "--teacher-weights", "none", "--dataset", args.data, "--cache-dir", args.cache_dir]
+    shared = [*SHARED["caltech101"], "--teacher-weights", "none", "--dataset", args.data, "--cache-dir", args.cache_dir]
     flags = {"control": [*shared, *CONTROL], "control again": [*shared, *CONTROL]}
     for name, (own, setting, values) in METHODS.items():
         flags[name] = [*shared, *own, setting, values[0]]

@@ -16,6 +16,7 @@ from kd.data.frames import decode
 from kd.data.sources import open_dataset
 from kd.features import width
 from kd.few_labels import by_role
+from kd.tools import report
 from results import arms, few_labels, folds, launch, methods, steps
 from results.arms import Arm
 from tests.helpers import toy
@@ -206,6 +207,29 @@ def test_the_best_value_on_validation_is_chosen_and_of_two_the_first(tmp_path, m
     monkeypatch.setattr(methods, "TUNING", tmp_path / "tuning.json")
     (tmp_path / "tuning.json").write_text(json.dumps({"kd": {"4": 0.5, "2": 0.5, "1": 0.4}}))
     assert methods.chosen("kd") == ["--method", "kd", "--kd-weight", "0.9", "--temperature", "2"]
+
+
+@pytest.mark.parametrize("kind", ["caltech101", "beans"])
+def test_the_methods_differ_in_nothing_else_and_share_their_seeds_teacher(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(methods, "TUNING", tmp_path / "tuning.json")
+    (tmp_path / "tuning.json").write_text(json.dumps({name: {value: 0.5 for value in values}
+                                                      for name, (_, _, values) in methods.METHODS.items()}))
+    monkeypatch.setattr(launch, "must_have_ended", lambda out: None)
+    made: dict[Path, train.Config] = {}
+    monkeypatch.setattr(launch, "train", lambda flags, out, cache_dir: made.update(
+        {out: cli.parse_config(train.Config, train.RECIPES, list(flags), "")}))
+    args = argparse.Namespace(kind=kind, data="set", teacher_weights="imagenet", teachers=tmp_path / "few",
+                              out=tmp_path / "out", cache_dir="cache", seeds=[0, 1])
+    methods.compare(list(methods.METHODS), args)
+    assert len(made) == 2 * (1 + len(methods.METHODS)) and all(out.parent.parent == args.out for out in made)
+    for seed in args.seeds:
+        control = methods.folder_of("control", seed, args)
+        teacher = tmp_path / "few" / f"beans-1034-all/seed-{seed}" if kind == "beans" else control
+        for name in methods.METHODS:
+            other = made[methods.folder_of(name, seed, args)]
+            assert (other.teacher_weights, other.teacher_epochs) == (str(teacher / "teacher"), 0)
+            pair = [dataclasses.asdict(config) for config in (made[control], other)]
+            assert report.differing(pair).keys() <= arms.ALLOWED | arms.OF_THE_TEACHER, name
 
 
 def test_a_step_is_timed_and_its_bytes_counted_for_every_kind_of_method(photos, tmp_path, monkeypatch):
