@@ -362,6 +362,8 @@ def draw_forest(file: Path) -> None:
     gains = {name: difference(Arm(f"methods/{name}"), Arm("methods/control"), allowed=ALLOWED)
              for name in methods.METHODS}
     known = {name: gain for name, gain in gains.items() if gain}
+    if not known:
+        return          # before the runs
     with report.drawing(file, (7, 0.9 + 0.3 * len(known))) as (axes,):
         for place, gain in enumerate(known.values()):
             low, high = (100 * limit for limit in gain["interval"])
@@ -372,6 +374,9 @@ def draw_forest(file: Path) -> None:
         axes.set(xlabel="test accuracy over the control, points", ylim=(len(known) - 0.5, -0.5))
 
 
+FIGURES = {"few": draw_few, "methods": draw_forest}
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["keep"]:
         for run in sys.argv[3:]:
@@ -379,7 +384,5 @@ if __name__ == "__main__":
     else:
         for name, table in tables().items():
             print(f"{name}\n\n{table}\n")
-        if any(read_runs(f"few/{kind}-{labels}-all") for kind, labels in FEW):
-            draw_few(HERE / "few.svg")
-        if read_runs("methods/control"):
-            draw_forest(HERE / "methods.svg")
+        for name, draw in FIGURES.items():
+            draw(HERE / f"{name}.svg")

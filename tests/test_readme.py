@@ -48,6 +48,20 @@ def test_every_table_is_made_from_its_runs(document, name):
     assert tables.shown(ROOT / document, name) == every_table()[name]
 
 
+def dots(figure: Path) -> list[tuple[str, float, float]]:
+    """The colour and the place of each dot of an SVG file, in points."""
+    found = re.findall(r'<use [^>]*x="([^"]*)" y="([^"]*)" style="fill: ([^;"]*)', figure.read_text())
+    return [(colour, round(float(x)), round(float(y))) for x, y, colour in found]
+
+
+@pytest.mark.parametrize("name, least", [("few", 60)])
+def test_every_figure_is_drawn_from_its_runs(tmp_path, name, least):
+    """To correct it, run `python -m results.arms`. Another matplotlib may write other bytes, but the same dots."""
+    arms.FIGURES[name](tmp_path / "drawn.svg")
+    assert dots(ROOT / "results" / f"{name}.svg") == dots(tmp_path / "drawn.svg")
+    assert len(dots(tmp_path / "drawn.svg")) >= least
+
+
 def test_every_result_was_made_by_a_committed_state_and_lies_under_its_seed():
     runs = [path.parent for path in (ROOT / "results").rglob("result.json")]
     assert len(runs) >= 30
