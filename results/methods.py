@@ -30,12 +30,12 @@ EPOCHS, TUNING_EPOCHS, TEACHER_EPOCHS = 20, 10, 8
 TUNING_SEED = 100
 
 # what each method is called in the table, its flags, and the setting that `tune` varies
-KD = ["--method", "kd", "--kd-weight", "0.9"]
+KD = ["--method", "kd", "--temperature", "2"]
 CONTROL = ["--kd-weight", "0"]
 METHODS: dict[str, tuple[list[str], str, tuple[str, ...]]] = {
     "smoothing": (CONTROL, "--label-smoothing", ("0.05", "0.1", "0.2")),
-    "kd": (KD, "--temperature", ("1", "2", "4")),
-    "kd-standardised": ([*KD, "--standardise"], "--temperature", ("1", "2", "4")),
+    "kd": (KD, "--kd-weight", ("0.5", "0.9", "1")),
+    "kd-standardised": ([*KD, "--standardise"], "--kd-weight", ("0.5", "0.9", "0.99")),
     "hard": (["--method", "hard"], "--kd-weight", ("0.5", "0.9", "1")),
     "dkd": (["--method", "dkd", "--kd-weight", "0.5"], "--temperature", ("1", "2", "4")),
     "dist": (["--method", "dist", "--kd-weight", "0.5"], "--temperature", ("1", "2", "4")),

@@ -205,8 +205,8 @@ def test_a_run_that_fails_ends_the_script(tmp_path, monkeypatch):
 
 def test_the_best_value_on_validation_is_chosen_and_of_two_the_first(tmp_path, monkeypatch):
     monkeypatch.setattr(methods, "TUNING", tmp_path / "tuning.json")
-    (tmp_path / "tuning.json").write_text(json.dumps({"kd": {"4": 0.5, "2": 0.5, "1": 0.4}}))
-    assert methods.chosen("kd") == ["--method", "kd", "--kd-weight", "0.9", "--temperature", "2"]
+    (tmp_path / "tuning.json").write_text(json.dumps({"dist": {"4": 0.5, "2": 0.5, "1": 0.4}}))
+    assert methods.chosen("dist") == ["--method", "dist", "--kd-weight", "0.5", "--temperature", "2"]
 
 
 @pytest.mark.parametrize("kind", ["caltech101", "beans"])
