@@ -2,15 +2,16 @@
 
     loss = (1 − λ)·CE(student, labels) + λ·method(student, teacher, labels, T)
 
-A method is a function of these four. It returns a scalar, the mean over the rows of the batch.
+A method is a function of these four. It returns a scalar: a mean over the rows of the batch, or over
+their entries, pairs or triples, as its docstring says.
 
     student, teacher    logits `(B, C)`, or for the methods in ON_FEATURES pooled features `(B, D)`;
                         float32 or float64. The teacher's have no gradient
     labels              `(B,)` int64; only the methods in NEEDS_LABELS read them
     temperature         T > 0; only the methods in TEMPERED read it
 
-The papers of dkd, nkd, dist, pkt and rkd add the method to a whole CE: CE + w·method. At λ = 0.5 the loss
-is half of that. AdamW does not see a factor of the whole loss. --clip, which limits the gradient's norm,
+The papers of dkd, nkd, dist and rkd add the method to a whole CE: CE + w·method. At λ = 0.5 the loss is
+half of that. AdamW does not see a factor of the whole loss. --clip, which limits the gradient's norm,
 does. A default below is the paper's w. To try another, change the default.
 
 Three methods compare the pictures of a batch with each other: `dist` in its columns, `pkt` and `rkd`.
@@ -97,7 +98,8 @@ def dist(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, b
     pictures of the batch. Its minimum is 0, at equal logits, but for rows and columns that are nearly
     constant: their ρ counts as 0, by the 1e-8 that the authors' code adds to the product of the norms. With
     two classes ρ of a row is ±1, so only the columns teach. T = 1 is theirs for ImageNet, 4 for CIFAR.
-    Their code multiplies by T². The paper does not, and a correlation does not shrink as T grows.
+    Their code multiplies by T². The paper does not, and a correlation does not shrink as T grows. So at
+    T = 4 this is 16 times weaker than in their code.
     """
     p, q = (teacher / temperature).softmax(dim=1), (student / temperature).softmax(dim=1)
     rows, columns = _correlation(p, q), _correlation(p.T, q.T)
@@ -114,9 +116,10 @@ def pkt(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float,
         K_ij = (1 + cos(h_i, h_j)) / 2          p_{j|i} = K_ij / Σ_{k≠i} K_ik,  j ≠ i
 
     Passalis & Tefas 2018, arXiv:1803.10837. Its minimum is 0, at equal features. The width of the student's
-    features may differ. The weight is RepDistiller's: it multiplies a mean over all B² pairs by 30,000,
-    which for its batch of 64 is 469 times this mean over rows. The authors' code counts a picture among its
-    own neighbours.
+    features may differ. The weight is RepDistiller's, which adds the method to a whole CE: it multiplies a
+    mean over all B² pairs by 30,000, which for its batch of 64 is 469 times this mean over rows. The
+    authors' code counts a picture among its own neighbours. So it sees the mean similarity of all pairs,
+    which this does not.
     """
     p, q = _neighbours(teacher), _neighbours(student)
     return weight * kl_of_rows(p.log(), q.clamp(min=1e-7).log()).mean()
@@ -130,8 +133,8 @@ def rkd(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, di
 
     Park et al. 2019, arXiv:1904.05068, with their weights for classification, 25 and 50. Its minimum is 0, at equal
     features. The width of the student's features may differ. The paper sums; the means here are over pairs
-    and triples of different pictures, and those of the authors' code over all B² and B³. It needs memory
-    for B²·D numbers: 5 MB for 32 pictures of 1280 features, 5 GB for 1024.
+    and triples of different pictures, and those of the authors' code over all B² and B³. It keeps about
+    2·B²·D + 2·B³ numbers for its gradient: 11 MB for 32 pictures of 1280 features, 19 GB for 1024.
     """
     rows = len(student)
     pairs, triples = max(math.comb(rows, 2), 1), max(rows * (rows - 1) * (rows - 2), 1)
@@ -168,7 +171,8 @@ def standardise(logits: Tensor) -> Tensor:
 
     Sun et al. 2024, arXiv:2403.01427: only the relations of the logits are learned, not their size. A row
     a·z + b with a > 0 gives what z gives. A constant row gives zeros. As in the paper, the deviation is
-    that of the population; their code divides by C − 1.
+    that of the population; their code divides by C − 1. Their λ is 0.99: 0.1·CE + 9·T²·KL. With three
+    classes a row keeps one number, the ratio of its gaps, and no confidence.
     """
     centred = logits - logits.mean(dim=1, keepdim=True)
     return centred / centred.square().mean(dim=1, keepdim=True).clamp(min=1e-14).sqrt()

@@ -274,25 +274,37 @@ def wrong_table() -> str:
 ALLOWED = frozenset({"method", "standardise", "kd_weight", "temperature", "label_smoothing"})
 
 
-def methods_table() -> str:
-    """A row for each method: on Caltech-101 its setting, accuracy, mean per class, gain, time and bytes; then beans."""
-    steps = json.loads(methods.STEPS.read_text("utf-8"))["methods"] if methods.STEPS.exists() else {}
+def methods_table(prefix: str = "", splits: Sequence[str] = ("test",)) -> str:
+    """A row for each method, with the setting that was tuned: accuracy, also by class, and what it is over others.
+
+    The runs lie in results/methods/PREFIX-NAME.
+    """
     rows = []
     for name in ("control", *methods.METHODS):
-        runs = read_runs(f"methods/{name}")
-        if not runs:
+        arm = Arm(f"methods/{prefix}{name}")
+        if not (runs := read_runs(arm.folder)):
             continue
-        arm = Arm(f"methods/{name}")
-        over = [versus(arm, Arm(f"methods/{other}"), allowed=ALLOWED) if name != other else ""
-                for other in ("control", "kd")]
-        setting = " ".join(methods.chosen(name)[-2:]) if name != "control" else ""
-        cost = [f"{steps[name]['milliseconds']:.0f} ms", f"{steps[name]['bytes']:,}"] if name in steps else ["", ""]
-        beans = Arm(f"methods/beans-{name}")
-        rows.append([name, setting, str(len(runs)), cell(accuracies(arm)), cell(accuracies(arm, by_class=True)), *over,
-                     *cost, cell(accuracies(beans, BOTH)),
-                     versus(beans, Arm("methods/beans-control"), BOTH, allowed=ALLOWED) if name != "control" else ""])
-    return markdown(["method", "tuned", "n", "test accuracy", "mean per class", "over the control", "over kd", "step",
-                     "bytes a view", "beans", "beans, over the control"], rows)
+        tuned, over = "", ["", ""]
+        if name != "control":
+            flag = methods.METHODS[name][1]
+            tuned = f"`{flag} {runs[min(runs)]['config'][flag[2:].replace('-', '_')]:g}`"
+            over = [versus(arm, Arm(f"methods/{prefix}{other}"), splits, allowed=ALLOWED) if name != other else ""
+                    for other in ("control", "kd")]
+        rows.append([name, tuned, str(len(runs)), cell(accuracies(arm, splits)),
+                     cell(accuracies(arm, splits, by_class=True)), *over])
+    return markdown(["method", "tuned", "n", "accuracy", "mean per class", "over the control", "over kd"], rows)
+
+
+def steps_table() -> str:
+    """What each method costs: milliseconds of a step, that over the control's, and bytes kept of a view."""
+    if not methods.STEPS.exists():
+        return ""
+    rows = []
+    for name, row in json.loads(methods.STEPS.read_text("utf-8"))["methods"].items():
+        low, high = row["times_95"]
+        times = f"{row['times']:.2f} × ({low:.2f} to {high:.2f})" if name != "control" else ""
+        rows.append([name, f"{row['milliseconds']:.0f} ms", times, f"{row['bytes']:,}"])
+    return markdown(["method", "step", "times the control's", "bytes a view"], rows)
 
 
 def tuning_table() -> str:
@@ -327,7 +339,8 @@ def folds_table() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "few": partial(labels_table, "all"), "by class": partial(labels_table, "all", by_class=True),
     "parts": parts_table, "patience": patience_table, "pretrained": partial(labels_table, "pretrained"),
-    "wrong": wrong_table, "methods": methods_table, "tuning": tuning_table, "folds": folds_table}
+    "wrong": wrong_table, "methods": methods_table, "methods on beans": partial(methods_table, "beans-", BOTH),
+    "tuning": tuning_table, "steps": steps_table, "folds": folds_table}
 
 
 def tables() -> dict[str, str]:

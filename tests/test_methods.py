@@ -1,6 +1,7 @@
 """kd/methods.py against the mathematics of the papers, in float64, and runs with each method."""
 
 import dataclasses
+import json
 from functools import partial
 from pathlib import Path
 
@@ -324,6 +325,21 @@ def test_a_row_without_a_label_has_the_method_but_no_cross_entropy(name):
     assert loss(partly, kd_weight=0.5).item() == pytest.approx(expected.item(), rel=1e-12)
 
 
+@pytest.mark.parametrize("name", sorted(METHODS.keys() - methods.NEEDS_LABELS))
+def test_labels_that_are_probabilities_are_the_cross_entropys_alone(name):
+    """As mixup gives them. One-hot they are what the classes are."""
+    outputs, teacher, labels = case(6, 9)
+    if name not in methods.ON_FEATURES:
+        outputs, teacher = outputs[:, :5], teacher[:, :5]
+    shares = softmax(case(6, 5, seed=1)[0])
+    loss = partial(method_loss, outputs, teacher, method=name, classes=5, temperature=2.0)
+    ce = -(shares * outputs[:, :5].log_softmax(1)).sum(1).mean()
+    expected = 0.5 * ce + 0.5 * loss(labels % 5, kd_weight=1.0)
+    assert loss(shares, kd_weight=0.5).item() == pytest.approx(expected.item(), rel=1e-10)
+    one_hot = F.one_hot(labels % 5, 5).double()
+    assert loss(one_hot, kd_weight=0.5).item() == pytest.approx(loss(labels % 5, kd_weight=0.5).item(), rel=1e-10)
+
+
 def test_kd_is_chosen_as_before_and_by_itself_is_the_reference():
     student, teacher, labels = case()
     chosen, name = losses.choose("reference", torch.device("cpu"), 2.0, 0.5, 5, False, True, method="kd")
@@ -340,6 +356,7 @@ def test_the_flag_names_every_method():
 
 @pytest.mark.parametrize("flags, line", [
     (dict(method="dkdd"), "--method dkdd: not one of its values; did you mean dkd"),
+    (dict(temperature=1e200), r"--temperature 1e\+200: must be at most 1000 and above 0"),
     (dict(method="pkt", standardise=True), "--standardise: does not go with --method pkt, only with kd, dkd, dist"),
     (dict(method="nkd", standardise=True), "--standardise: does not go with --method nkd, only with kd, dkd, dist"),
     (dict(method="pkt", batch_size=2), "--batch-size 2: --method pkt compares the pictures"),
@@ -371,3 +388,14 @@ def test_a_stopped_run_with_a_method_ends_with_the_same_bits(tiny, name, standar
     one, other = (checkpoint.read(Path(each.out) / "last.ckpt") for each in (whole, config))
     identical(one, other)
     assert again["student"] == result["student"] and again["teacher_batches"] == 0
+
+
+def test_the_other_methods_on_logits_train_each_in_its_own_way(tiny):
+    """They share their teacher's stored answers, and differ in what the student makes of them."""
+    trained = {}
+    for name in ("kd", "hard", "nkd", "dist"):
+        result = train.main(dataclasses.replace(tiny, method=name, teacher_epochs=0, views=1, epochs=1,
+                                                out=f"{tiny.out}-{name}"))
+        assert result["teacher_batches"] == (5 if name == "kd" else 0)
+        trained[name] = json.loads((Path(f"{tiny.out}-{name}") / "metrics.jsonl").read_text())["train_loss"]
+    assert len(set(trained.values())) == 4
