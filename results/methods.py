@@ -5,7 +5,7 @@
 
 Caltech-101 with all labels of train: a MobileNetV2 from random weights that sees 64 px, and a teacher that sees the
 same views at 96 px. All runs of a seed have one teacher, which that seed's control has fine-tuned. `tune` gives each
-method three values of one setting, in half as long a run of another seed, and writes their accuracies on validation to
+method three values of one setting, in a third as long a run of another seed, and writes their accuracies on validation to
 results/methods/tuning.json. `compare` makes the runs of the table with the best of them.
 
 `compare --kind beans` makes the runs of the beans column, with the values that Caltech-101 chose. Their teachers are
@@ -26,7 +26,7 @@ TUNING = Path(__file__).resolve().parent / "methods" / "tuning.json"
 STEPS = TUNING.with_name("steps.json")      # written by results/steps.py
 SHARED = {"caltech101": ["--recipe", "few", "--size", "64", "--teacher-size", "96"],
           "beans": ["--recipe", "few", *few_labels.KINDS["beans"]]}
-EPOCHS, TUNING_EPOCHS, TEACHER_EPOCHS = 20, 10, 8
+EPOCHS, TUNING_EPOCHS, TEACHER_EPOCHS = 30, 10, 8
 TUNING_SEED = 100
 
 # what each method is called in the table, its flags, and the setting that `tune` varies
