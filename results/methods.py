@@ -5,8 +5,8 @@
 
 Caltech-101 with all labels of train: a MobileNetV2 from random weights that sees 64 px, and a teacher that sees the
 same views at 96 px. All runs of a seed have one teacher, which that seed's control has fine-tuned. `tune` gives each
-method three values of one setting, in a third as long a run of another seed, and writes their accuracies on validation to
-results/methods/tuning.json. `compare` makes the runs of the table with the best of them.
+method three values of one setting, in a third as long a run of another seed, and writes their accuracies on validation
+to results/methods/tuning.json. `compare` makes the runs of the table with the best of them.
 
 `compare --kind beans` makes the runs of the beans column, with the values that Caltech-101 chose. Their teachers are
 those of `python -m results.few_labels --kind beans --labels 1034 --arms all`, whose --out is given as --teachers.

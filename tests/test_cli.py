@@ -36,7 +36,7 @@ def test_the_recipes_only_set_what_is_a_flag():
     (["--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
     (["--epochs", "0"], "--epochs 0: must be at least 1"),
     (["--kd-weight", "1.5"], "--kd-weight 1.5: must be at least 0 and at most 1"),
-    (["--temperature", "0"], "--temperature 0.0: must be above 0"),
+    (["--temperature", "0"], "--temperature 0.0: must be at most 1000 and above 0"),
     (["--lr", "nan"], "--lr nan: must be above 0"),
     (["--lr", "inf"], "--lr inf: must be above 0"),
 ])
