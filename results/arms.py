@@ -181,7 +181,7 @@ def versus(arm: Arm, other: Arm, splits: Sequence[str] = ("test",), by_class: bo
 # ---- few labels --------------------------------------------------------------------------------------
 
 # the data set and the number of labels
-FEW = [("beans", 15), ("beans", 60), ("beans", 120), ("caltech101", 505), ("caltech101", 1010)]
+FEW = [("beans", 15), ("beans", 60), ("beans", 120), ("beans", 1034), ("caltech101", 505), ("caltech101", 1010)]
 NAMES = {"beans": "beans", "caltech101": "Caltech-101"}
 BOTH = ("validation", "test")
 
@@ -207,7 +207,7 @@ def labels_table(arm: str, by_class: bool = False) -> str:
     by_class: every class counts alike, however many pictures it has.
     """
     rows = []
-    for kind, labels in (*FEW, ("beans", 1034)):
+    for kind, labels in FEW:
         folder = f"few/{kind}-{labels}-{arm}"
         if runs := read_runs(folder):
             rows.append([NAMES[kind], str(labels), str(len(runs)), *role_cells(folder, kind, by_class)])
