@@ -81,7 +81,8 @@ class Config:
     student: str = flag("mobilenetv2_100", "timm model that learns")
     student_weights: str = flag("none", "what it and its control start from: none (random), or as for "
                                 "the teacher")
-    temperature: float = flag(5.0, "T, softens both outputs (kd, dkd, nkd, dist)", above=0, high=1000)
+    temperature: float = flag(5.0, "T, softens the outputs of teacher and student (kd, dkd, nkd, dist)",
+                              above=0, high=1000)
     kd_weight: float = flag(0.5, "λ, the teacher's share of the loss", low=0, high=1)
     method: str = flag("kd", "what the student learns from its teacher (kd/methods.py has the formulas)",
                        ("kd", "hard", "dkd", "dist", "nkd", "pkt", "rkd", "simkd"))

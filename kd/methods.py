@@ -171,8 +171,8 @@ def standardise(logits: Tensor) -> Tensor:
 
     Sun et al. 2024, arXiv:2403.01427: only the relations of the logits are learned, not their size. A row
     a·z + b with a > 0 gives what z gives. A constant row gives zeros. As in the paper, the deviation is
-    that of the population; their code divides by C − 1. Their λ is 0.99: 0.1·CE + 9·T²·KL. With three
-    classes a row keeps one number, the ratio of its gaps, and no confidence.
+    that of the population; their code divides by C − 1. Their λ is 0.99: 0.1·CE + 9·T²·KL. Of three
+    logits only the ratio of the gaps between them is left.
     """
     centred = logits - logits.mean(dim=1, keepdim=True)
     return centred / centred.square().mean(dim=1, keepdim=True).clamp(min=1e-14).sqrt()

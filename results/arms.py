@@ -277,7 +277,7 @@ ALLOWED = frozenset({"method", "standardise", "kd_weight", "temperature", "label
 def methods_table(prefix: str = "", splits: Sequence[str] = ("test",)) -> str:
     """A row for each method, with the setting that was tuned: accuracy, also by class, and what it is over others.
 
-    The runs lie in results/methods/PREFIX-NAME.
+    prefix: what stands before a method's name in the name of its folder.
     """
     rows = []
     for name in ("control", *methods.METHODS):
@@ -297,8 +297,6 @@ def methods_table(prefix: str = "", splits: Sequence[str] = ("test",)) -> str:
 
 def steps_table() -> str:
     """What each method costs: milliseconds of a step, that over the control's, and bytes kept of a view."""
-    if not methods.STEPS.exists():
-        return ""
     rows = []
     for name, row in json.loads(methods.STEPS.read_text("utf-8"))["methods"].items():
         low, high = row["times_95"]

@@ -21,8 +21,8 @@ among the 40 %. `wrong-20` and `wrong-40` compare λ = 1 with the control. `wron
 λ = 0.5.
 
 The weights of the last epoch are tested. So no run chooses anything by its validation pictures, and on beans, which has
-128 test pictures only, they are counted with those of test. The settings were chosen by validation before that, but for
-the length on beans (results/README.md).
+128 test pictures only, they are counted with those of test. Validation had chosen the settings before that. The length
+on beans is the exception: test helped to choose it (results/README.md).
 """
 
 import argparse

@@ -2,14 +2,15 @@
 
     python -m results.methods tune    --data FOLDER --teacher-weights FILE --out FOLDER --cache-dir FOLDER
     python -m results.methods compare --data FOLDER --teacher-weights FILE --out FOLDER --cache-dir FOLDER
+    python -m results.methods compare --kind beans --data FOLDER --teachers FOLDER --out FOLDER --cache-dir FOLDER
 
 Caltech-101 with all labels of train: a MobileNetV2 from random weights that sees 64 px, and a teacher that sees the
 same views at 96 px. All runs of a seed have one teacher, which that seed's control has fine-tuned. `tune` gives each
 method three values of one setting, in a third as long a run of another seed, and writes their accuracies on validation
 to results/methods/tuning.json. `compare` makes the runs of the table with the best of them.
 
-`compare --kind beans` makes the runs of the beans column, with the values that Caltech-101 chose. Their teachers are
-those of `python -m results.few_labels --kind beans --labels 1034 --arms all`, whose --out is given as --teachers.
+With `--kind beans` it makes the same runs on beans, with the values that Caltech-101 chose. --teachers is the --out of
+`python -m results.few_labels --kind beans --labels 1034 --arms all`, which has fine-tuned their teachers.
 
 It makes each run by the command that it prints, one after another. A run that has ended is left alone, and one that was
 stopped goes on. The weights of the last epoch are tested.
@@ -52,7 +53,7 @@ def folder_of(name: str, seed: int, args: argparse.Namespace) -> Path:
 
 
 def shared_flags(seed: int, epochs: int, args: argparse.Namespace) -> list[str]:
-    """What all runs of a seed have in common."""
+    """What all runs of a seed have in common. Of two --epochs the last one counts."""
     return [*SHARED[args.kind], "--dataset", args.data, "--epochs", str(epochs), "--seed", str(seed)]
 
 

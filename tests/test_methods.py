@@ -394,8 +394,8 @@ def test_the_other_methods_on_logits_train_each_in_its_own_way(tiny):
     """They share their teacher's stored answers, and differ in what the student makes of them."""
     trained = {}
     for name in ("kd", "hard", "nkd", "dist"):
-        result = train.main(dataclasses.replace(tiny, method=name, teacher_epochs=0, views=1, epochs=1,
-                                                out=f"{tiny.out}-{name}"))
+        out = Path(f"{tiny.out}-{name}")
+        result = train.main(dataclasses.replace(tiny, method=name, teacher_epochs=0, views=1, epochs=1, out=str(out)))
         assert result["teacher_batches"] == (5 if name == "kd" else 0)
-        trained[name] = json.loads((Path(f"{tiny.out}-{name}") / "metrics.jsonl").read_text())["train_loss"]
+        trained[name] = json.loads((out / "metrics.jsonl").read_text())["train_loss"]
     assert len(set(trained.values())) == 4

@@ -48,8 +48,8 @@ def test_every_table_is_made_from_its_runs(document, name):
     assert tables.shown(ROOT / document, name) == every_table()[name]
 
 
-def dots(figure: Path) -> list[tuple[str, float, float]]:
-    """The colour and the place of each dot of an SVG file, in points."""
+def dots(figure: Path) -> list[tuple[str, int, int]]:
+    """The colour and the place of each dot of an SVG file, in whole points."""
     found = re.findall(r'<use [^>]*x="([^"]*)" y="([^"]*)" style="fill: ([^;"]*)', figure.read_text())
     return [(colour, round(float(x)), round(float(y))) for x, y, colour in found]
 
