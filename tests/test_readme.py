@@ -42,7 +42,9 @@ def every_table() -> dict[str, str]:
                                             ("results/README.md", "times"), ("results/README.md", "search"),
                                             ("README.md", "few"), ("results/README.md", "few"),
                                             ("results/README.md", "by class"), ("results/README.md", "parts"),
-                                            ("results/README.md", "patience"), ("results/README.md", "pretrained")])
+                                            ("results/README.md", "patience"), ("results/README.md", "pretrained"),
+                                            ("results/README.md", "methods"), ("results/README.md", "methods on beans"),
+                                            ("results/README.md", "tuning"), ("results/README.md", "steps")])
 def test_every_table_is_made_from_its_runs(document, name):
     """To correct it, put what `python -m results.tables` or `results.arms` prints between the two comments."""
     assert tables.shown(ROOT / document, name) == every_table()[name]
@@ -54,7 +56,7 @@ def dots(figure: Path) -> list[tuple[str, int, int]]:
     return [(colour, round(float(x)), round(float(y))) for x, y, colour in found]
 
 
-@pytest.mark.parametrize("name, least", [("few", 60)])
+@pytest.mark.parametrize("name, least", [("few", 60), ("methods", 10)])
 def test_every_figure_is_drawn_from_its_runs(tmp_path, name, least):
     """To correct it, run `python -m results.arms`. Another matplotlib may write other bytes, but the same dots."""
     arms.FIGURES[name](tmp_path / "drawn.svg")
