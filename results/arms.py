@@ -373,8 +373,6 @@ def draw_forest(file: Path) -> None:
     gains = {name: difference(Arm(f"methods/{name}"), Arm("methods/control"), allowed=ALLOWED)
              for name in methods.METHODS}
     known = {name: gain for name, gain in gains.items() if gain}
-    if not known:
-        return          # before the runs
     with report.drawing(file, (7, 0.9 + 0.3 * len(known))) as (axes,):
         for place, gain in enumerate(known.values()):
             low, high = (100 * limit for limit in gain["interval"])
