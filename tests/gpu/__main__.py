@@ -3,8 +3,11 @@
     python -m tests.gpu OUT [--only tests,waits,compare-128]
 
 It runs the tests marked `cuda`, looks for places where the loop waits for the GPU, and times the loop and the loss.
-Nothing is downloaded: the pictures are drawn (`leaves`), and the weights are random. It needs torch, timm, numpy,
-pillow, safetensors and pytest.
+Nothing is downloaded: the pictures are drawn, and the weights are random. It needs torch, timm, numpy, pillow,
+safetensors and pytest.
+
+compare-128-compiled, compare-8-compiled and compare-1024-compiled also time the loops of others compiled. They run
+only if `--only` names them, since compiling those loops takes minutes.
 
 Each part is a process of its own with a limit, so one that fails does not stop the others. OUT/PART.json has what it
 found, or its last lines. Exit status: 0 if all parts ended well, 1 otherwise, 2 where there is no GPU.
@@ -32,7 +35,9 @@ ROOT = Path(__file__).resolve().parents[2]
 TOTAL = 525             # seconds, after which nothing starts
 LAST_LINES = 40
 ENOUGH_MEMORY = 60e9    # bytes of a card on which compilations can run beside the tests
-COMPILED_BY = 150       # seconds from the begin, after which those compilations are ended
+COMPILED_BY = 240       # seconds from the begin, after which those compilations are ended
+UNTIMED = ("tests", "waits")    # parts beside which they may run
+LONG = ("compare-128-compiled", "compare-8-compiled", "compare-1024-compiled")     # only where asked for
 
 
 class Part(NamedTuple):
@@ -45,38 +50,38 @@ class Part(NamedTuple):
 
 def parts(out: Path) -> list[Part]:
     """In the order of what is most worth knowing."""
+    stand_ins.install()
+    from tests.conftest import make_photos
+    photos = out / "photos"     # of 40 px, made as large as asked; the step takes as long for them as for others
+    if not photos.exists():
+        make_photos(photos)
     if REHEARSAL:
-        stand_ins.install()
-        from tests.conftest import make_photos
-        if not (out / "photos").exists():
-            make_photos(out / "photos")
-        small = ["--dataset", str(out / "photos"), "--size", "32", "--teacher", "test_resnet", "--student",
+        small = ["--dataset", str(photos), "--size", "32", "--teacher", "test_resnet", "--student",
                  "test_efficientnet", "--steps", "2", "--device", "cpu", "--rounds", "2"]
         compare = [Part("compare-8", 300, ["bench", "compare", "--json", "--batch-size", "8", *small])]
         return [Part("tests", 300, ["-k", "loss and 1000 or named"]), Part("waits", 300, []), *compare,
                 Part("loss", 300, ["bench", "loss", "--json", "--device", "cpu", "--shapes", "4x3", "--rounds", "2"]),
                 Part("bench", 300, ["bench", "--json", "--batch-size", "8", *small])]
 
-    # `--compile on`, since the few steps of a block would not be compiled by `auto`. 1024 pictures of 224 px and
-    # what a step in float32 keeps of them are more than 80 GB.
-    blocks = [("128", "224", "10"), ("8", "224", "40"), ("1024", "128", "4")]
-    flags = ["bench", "compare", "--json", "--compiled", "--minutes", "0.8"]
-    compare = [Part(f"compare-{batch}", 80, [*flags, *common(batch, size, steps)]) for batch, size, steps in blocks]
-    return [Part("tests", 200, []), Part("waits", 60, []), *compare, Part("loss", 70, ["bench", "loss", "--json"]),
-            Part("bench", 60, ["bench", "--json", *common("128", "224", "10")])]
+    def common(batch: str, size: str, steps: str) -> list[str]:
+        # `--compile on`, since the few steps of a block would not be compiled by `auto`
+        return ["--json", "--dataset", str(photos), "--batch-size", batch, "--size", size, "--steps", steps, "--device",
+                "cuda", "--compile", "on"]
 
-
-def common(batch: str, size: str, steps: str) -> list[str]:
-    """The flags of the benchmarks of the loop."""
-    return ["--dataset", "leaves", "--batch-size", batch, "--size", size, "--steps", steps, "--device", "cuda",
-            "--compile", "on"]
+    # 1024 pictures of 224 px and what a step in float32 keeps of them are more than 80 GB.
+    blocks = {"128": common("128", "224", "10"), "8": common("8", "224", "40"), "1024": common("1024", "128", "4")}
+    compare = [Part(f"compare-{batch}", 90, ["bench", "compare", *flags, "--minutes", "0.8"])
+               for batch, flags in blocks.items()]
+    compiled = [Part(name, 170, [*part.arguments, "--compiled"]) for name, part in zip(LONG, compare, strict=True)]
+    return [Part("tests", 200, []), Part("waits", 90, []), *compare, Part("loss", 60, ["bench", "loss", "--json"]),
+            Part("bench", 60, ["bench", *blocks["128"]]), *compiled]
 
 
 # ---- within the process of a part --------------------------------------------------------------------------
 
 def measure(name: str, arguments: list[str]) -> Any:
     """What a part finds."""
-    stand_ins.install()
+    stand_ins.install(draw=False)
     if name == "tests":
         return run_tests(arguments)
     if name == "waits":
@@ -94,9 +99,11 @@ def run_tests(arguments: list[str]) -> dict[str, Any]:
     import pytest
     counts = {"passed": 0, "failed": 0, "skipped": 0}
     others: list[dict[str, str]] = []
+    seconds: dict[str, float] = {}
 
     class Reporter:
         def pytest_runtest_logreport(self, report: Any) -> None:
+            seconds[report.nodeid] = round(seconds.get(report.nodeid, 0) + report.duration, 1)
             if report.when == "call" or not report.passed:
                 counts[report.outcome] += 1
                 if not report.passed:
@@ -110,7 +117,8 @@ def run_tests(arguments: list[str]) -> dict[str, Any]:
 
     status = pytest.main(["-o", "addopts=", "-q", "-p", "no:cacheprovider", "-m", "cuda", str(ROOT / "tests" / "gpu"),
                           *arguments], plugins=[Reporter()])
-    return {**counts, "status": int(status), "not passed": others}
+    slowest = dict(sorted(seconds.items(), key=lambda each: -each[1])[:20])
+    return {**counts, "status": int(status), "not passed": others, "slowest": slowest}
 
 
 # ---- the processes ------------------------------------------------------------------------------------------
@@ -157,10 +165,11 @@ def run_all(chosen: list[Part], out: Path, total: float = TOTAL) -> list[dict[st
     results = []
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as ending:
         folder, compiling = Path(name), []
-        if any(part.name == "tests" for part in chosen) and room_for_compilations():
-            # Their compilations take most of the time of the comparisons. What they compile is kept on the disk.
+        untimed = [part for part in chosen if part.name in UNTIMED]
+        if untimed and room_for_compilations():
+            # Compiling takes most of the time of the comparisons. What is compiled is kept on the disk.
             for part in chosen:
-                if part.name.startswith("compare"):
+                if part.name.startswith("compare") and part.name not in LONG:
                     compiling.append(Process(Part(f"{part.name}-first", COMPILED_BY,
                                                   [*part.arguments, "--rounds", "2"]), folder))
                     ending.callback(compiling[-1].end)
@@ -172,9 +181,11 @@ def run_all(chosen: list[Part], out: Path, total: float = TOTAL) -> list[dict[st
             else:
                 print(f"{part.name}: at most {min(part.seconds, left):.0f} s", file=sys.stderr, flush=True)
                 content = Process(part, folder).wait(min(part.seconds, left))
-            if part.name == "tests":    # from here on, things are timed
+            if untimed and part is untimed[-1]:     # from here on, things are timed
                 for first in compiling:
-                    first.wait(COMPILED_BY - (time.monotonic() - begin))
+                    ahead = first.wait(COMPILED_BY - (time.monotonic() - begin))
+                    print(f"{ahead['part']}: ended {ahead['ended']} after {ahead['seconds']} s",
+                          *ahead.get("last_lines", [])[-2:], sep="\n  ", file=sys.stderr, flush=True)
                 ending.close()
             results.append(content)
             write_atomic(out / f"{part.name}.json", json.dumps(content, indent=1).encode())
@@ -197,9 +208,8 @@ def summary(content: dict[str, Any]) -> str:
         lines = [", ".join(f"{result[key]} {key}" for key in ("passed", "failed", "skipped"))]
         lines += [f"FAILED {each['test']}" for each in result["not passed"] if each["outcome"] == "failed"]
     elif content["part"] == "waits":
-        lines = [f"{name}: {'waits' if modes['error']['waits_in_train_step'] else 'no wait'} in train_step; "
-                 f"{sum(modes['warn']['waits'].values())} waits in a whole run of {modes['warn']['steps']} steps"
-                 for name, modes in result.items()]
+        from tests.gpu import waits
+        lines = [waits.summary(name, modes) for name, modes in result.items()]
     elif content["part"].startswith("compare"):
         lines = [f"{key} {value:.2f}" for key, value in result[0].items()
                  if key.endswith(("img_s", "ratio")) or "_over_" in key and not key.endswith("_95")]
@@ -230,7 +240,7 @@ def main(argv: list[str]) -> int:
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
     known = {part.name: part for part in parts(args.out)}
-    names = args.only.split(",") if args.only else list(known)
+    names = args.only.split(",") if args.only else [name for name in known if name not in LONG]
     unknown = [name for name in names if name not in known]
     if unknown:
         print(f"tests.gpu: error: --only {unknown[0]}: known are {', '.join(known)}", file=sys.stderr)

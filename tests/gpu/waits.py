@@ -3,7 +3,9 @@
 import collections
 import contextlib
 import dataclasses
+import io
 import tempfile
+import time
 import traceback
 import warnings
 from pathlib import Path
@@ -79,9 +81,20 @@ def tiny_run(augment: str, amp: str, mode: str) -> dict[str, Any]:
 
 
 def measure() -> dict[str, Any]:
-    """Both modes, for what differs in copies to the device."""
+    """Both modes, for what differs in copies to the device. Each is printed once it is known, lest it be lost."""
     settings = [("none", "off"), ("crop", "auto"), ("mixup", "auto")]
     if DEVICE.type == "cuda":
         settings += [("flip", "auto"), ("crop", "fp16")]
-    return {f"{augment}, amp {amp}": {mode: tiny_run(augment, amp, mode) for mode in ("error", "warn")}
-            for augment, amp in settings}
+    found = {}
+    for augment, amp in settings:
+        name, begin = f"{augment}, amp {amp}", time.monotonic()
+        with contextlib.redirect_stdout(io.StringIO()):
+            found[name] = {mode: tiny_run(augment, amp, mode) for mode in ("error", "warn")}
+        print(summary(name, found[name]), f"({time.monotonic() - begin:.1f} s)")
+    return found
+
+
+def summary(name: str, modes: dict[str, Any]) -> str:
+    """What both modes found, in a line."""
+    return (f"{name}: {'waits' if modes['error']['waits_in_train_step'] else 'no wait'} in train_step; "
+            f"{sum(modes['warn']['waits'].values())} waits in a whole run of {modes['warn']['steps']} steps")
