@@ -36,10 +36,25 @@ class Plot(NamedTuple):
     height: int
 
 
-def draw_plot(draw: Callable[[Figure, Palette], None], width: float = 3.9, height: float = 2.75) -> Plot:
-    """What `draw` puts on a figure of this size, in inches, in the colours of either palette."""
-    light, dark = (_svg(draw, palette, width, height) for palette in (LIGHT, DARK))
-    return Plot(light, dark, round(96 * width), round(96 * height))
+def draw_plot(draw: Callable[[Figure, Palette], None], width: float = 3.9, height: float = 2.75,
+              raster: bool = False) -> Plot:
+    """What `draw` puts on a figure of this size, in inches, in the colours of either palette.
+
+    raster: it has colours in pixels. They cannot be exchanged, so the figure is drawn for each palette.
+    """
+    light = _svg(draw, LIGHT, width, height)
+    dark = _svg(draw, DARK, width, height) if raster else _recolour(light)   # drawing takes most of a page's time
+    return Plot(_data_uri(light), _data_uri(dark), round(96 * width), round(96 * height))
+
+
+def _recolour(svg: str) -> str:
+    """Each colour of LIGHT becomes that of DARK with the same name. No two of LIGHT are the same."""
+    dark = {LIGHT[name]: DARK[name] for name in LIGHT}
+    return re.sub("#[0-9a-f]{6}", lambda colour: dark.get(colour[0], colour[0]), svg)
+
+
+def _data_uri(svg: str) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
 
 
 def _svg(draw: Callable[[Figure, Palette], None], palette: Palette, width: float, height: float) -> str:
@@ -61,8 +76,7 @@ def _svg(draw: Callable[[Figure, Palette], None], palette: Palette, width: float
         figure.savefig(buffer, format="svg", transparent=True,
                        metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     # matplotlib lays text out in its own font; shown in the reader's, it looks like the rest of the page
-    svg = re.sub(r"font: ([\d.]+px) [^;\"]+", r"font: \1 system-ui, sans-serif", buffer.getvalue())
-    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
+    return re.sub(r"font: ([\d.]+px) [^;\"]+", r"font: \1 system-ui, sans-serif", buffer.getvalue())
 
 
 def curves(history: list[dict[str, Any]], key: str, select: str = "best") -> Plot:
@@ -134,4 +148,4 @@ def heat_map(shares: np.ndarray, role: str) -> Plot:
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(MaxNLocator(5, integer=True))
 
-    return draw_plot(draw, 3.4, 3.2)
+    return draw_plot(draw, 3.4, 3.2, raster=True)

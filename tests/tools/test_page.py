@@ -20,7 +20,7 @@ import train
 from kd import BadInput
 from kd.augmentations import AUGMENTATIONS
 from kd.data.frames import Data, Split
-from kd.scores import gain_lines, mcnemar_p, scores
+from kd.scores import Bin, gain_lines, mcnemar_p, scores
 from kd.tools import page, plots
 from kd.tools.predictions import Predictions, read_predictions
 from kd.views import Views, load_views
@@ -212,7 +212,7 @@ def test_gain_and_headroom_are_said_in_the_words_of_the_console(run, text, parse
 
 @pytest.mark.parametrize("method, tempered", [("kd", True), ("dkd", True), ("hard", False), ("rkd", False)])
 def test_the_temperature_is_shown_where_the_method_reads_it(run, monkeypatch, method, tempered):
-    monkeypatch.setattr(plots, "draw_plot", lambda *_: NO_PLOT)     # no part of it
+    monkeypatch.setattr(plots, "draw_plot", lambda *_, **__: NO_PLOT)     # no part of it
     result = json.loads((run / "result.json").read_text())
     result["config"]["method"] = method
     text = page.render(result, [], read_predictions(run / "predictions.npz"))
@@ -230,7 +230,7 @@ def test_names_from_outside_are_text(text, parsed):
 @pytest.mark.parametrize("classes", [3, 20])
 def test_no_name_becomes_markup_wherever_it_stands(tmp_path, monkeypatch, classes):
     """Every string of the run's files is hostile: classes, test samples, models, settings, machine, commit."""
-    monkeypatch.setattr(plots, "draw_plot", lambda *_: NO_PLOT)  # roles are all that a plot names
+    monkeypatch.setattr(plots, "draw_plot", lambda *_, **__: NO_PLOT)  # roles are all that a plot names
     out = make_run(tmp_path / "run", tuple(f"{i}{BREAKOUT}" for i in range(classes)), name=BREAKOUT, suffix=BREAKOUT)
     text = (out / "report.html").read_text()
     parsed = Parsed(text)
@@ -283,7 +283,7 @@ def test_the_errors_are_those_of_the_logits(run, text, parsed):
 
 
 def test_a_run_without_errors_shows_none(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(plots, "draw_plot", lambda *_: NO_PLOT)
+    monkeypatch.setattr(plots, "draw_plot", lambda *_, **__: NO_PLOT)
     content = read_predictions(run / "predictions.npz")
     perfect = {role: np.eye(3, dtype=np.float32)[content.labels] for role in ("teacher", "student")}
     page.save_predictions(tmp_path, perfect, make_data(tuple(content.classes), content.labels), str,
@@ -302,6 +302,24 @@ def test_the_parts_of_the_time_sum_to_the_whole():
     assert [part.role for part in parts] == ["teacher", "student", "other", "other"]
     seconds = [part.seconds for part in parts]
     assert seconds == [20.0, 20.0, (33 - 20 - 10) + (75 - 60 - 10), 52.0] and sum(seconds) == 100
+
+
+def test_the_dark_plots_are_those_that_the_dark_palette_would_draw(monkeypatch):
+    """But for the names of marks and clips, which are made from what they show."""
+    history = [{"role": role, "epoch": epoch, "accuracy": 0.3 + 0.2 * epoch, "loss": 1 / epoch}
+               for role in ("teacher", "control", "student") for epoch in (1, 2, 3)]
+    bins = [Bin(0.05 + 0.1 * i, 0.05 + 0.1 * i, 0.1 * i, 3 * i) for i in range(10)]
+
+    def dark() -> list[str]:
+        drawn = [plots.curves(history, "accuracy"), plots.curves(history, "loss"), plots.reliability(bins, "student")]
+        svgs = [base64.b64decode(plot.dark.partition(",")[2]).decode() for plot in drawn]
+        return [re.sub(r"\b[mp][0-9a-f]{10}\b", "name", svg) for svg in svgs]
+
+    recoloured, draw_plot = dark(), plots.draw_plot
+    monkeypatch.setattr(plots, "draw_plot", lambda *arguments: draw_plot(*arguments, raster=True))
+    assert recoloured == dark()
+    assert plots.DARK["student"] in recoloured[0] and plots.LIGHT["student"] not in recoloured[0]
+    assert len(set(plots.LIGHT.values())) == len(plots.LIGHT)
 
 
 def test_many_classes_are_a_picture_and_no_control_is_said(tmp_path):
