@@ -49,7 +49,14 @@ def tiny_config(photos: Path, folder: Path) -> train.Config:
 
 
 @pytest.fixture
-def tiny(photos, tmp_path) -> train.Config:
+def page_not_drawn(monkeypatch) -> None:
+    """Drawing the page takes as long as a tiny run. What it is drawn from is written all the same."""
+    monkeypatch.setattr("kd.tools.page.redraw", lambda out: out / "report.html", raising=False)
+
+
+@pytest.fixture
+def tiny(photos, tmp_path, page_not_drawn) -> train.Config:
+    """A run in this process, without the drawing of its page. A process of its own draws it."""
     return tiny_config(photos, tmp_path)
 
 

@@ -17,6 +17,7 @@ from huggingface_hub import constants
 import train
 from kd import BadInput, cli
 from kd.machine import hub
+from tests.conftest import tiny_config
 from tests.helpers import standin_hub
 from tests.helpers.runs import command_line
 
@@ -117,8 +118,9 @@ def test_an_upload_that_fails_is_one_line(server, client, tmp_path, monkeypatch,
     assert str(folder) in outcome and TOKEN not in outcome and not server.commits
 
 
-def test_a_run_whose_uploads_fail_ends_as_any_other(tiny, server, client, capsys):
-    config = dataclasses.replace(tiny, epochs=1, teacher_epochs=0, push_to_hub="someone/student", push="every-epoch")
+def test_a_run_whose_uploads_fail_ends_as_any_other(photos, tmp_path, server, client, capsys):
+    config = dataclasses.replace(tiny_config(photos, tmp_path), epochs=1, teacher_epochs=0,
+                                 push_to_hub="someone/student", push="every-epoch")
     server.refuse = {"/api/repos/create": 403}
     cli.run(train.main, config)
     printed = capsys.readouterr().out

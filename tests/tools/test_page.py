@@ -24,6 +24,7 @@ from kd.scores import Bin, gain_lines, mcnemar_p, scores
 from kd.tools import page, plots
 from kd.tools.predictions import Predictions, read_predictions
 from kd.views import Views, load_views
+from tests.conftest import tiny_config
 from tests.helpers import browser
 from tests.helpers.frames import noise
 
@@ -368,7 +369,8 @@ def test_metrics_that_are_none_are_named(run, tmp_path, content):
         page.redraw(tmp_path)
 
 
-def test_a_run_ends_with_its_page_and_a_fault_in_drawing_costs_only_the_page(tiny, monkeypatch):
+def test_a_run_ends_with_its_page_and_a_fault_in_drawing_costs_only_the_page(photos, tmp_path, monkeypatch):
+    tiny = tiny_config(photos, tmp_path)
     out = Path(tiny.out)
     with monkeypatch.context() as broken:
         broken.setattr(page, "render", lambda *_: 1 / 0)
