@@ -317,7 +317,7 @@ def test_the_dark_plots_are_those_that_the_dark_palette_would_draw(monkeypatch):
         return [re.sub(r"\b[mp][0-9a-f]{10}\b", "name", svg) for svg in svgs]
 
     recoloured, draw_plot = dark(), plots.draw_plot
-    monkeypatch.setattr(plots, "draw_plot", lambda *arguments: draw_plot(*arguments, raster=True))
+    monkeypatch.setattr(plots, "draw_plot", lambda draw, width=3.9, height=2.75: draw_plot(draw, width, height, True))
     assert recoloured == dark()
     assert plots.DARK["student"] in recoloured[0] and plots.LIGHT["student"] not in recoloured[0]
     assert len(set(plots.LIGHT.values())) == len(plots.LIGHT)
