@@ -12,14 +12,15 @@ their entries, pairs or triples, as its docstring says.
 
 The papers of dkd, nkd, dist and rkd add the method to a whole CE: CE + w·method. At λ = 0.5 the loss is
 half of that. AdamW does not see a factor of the whole loss. --clip, which limits the gradient's norm,
-does. A default below is the paper's w. To try another, change the default.
+does. A default below is the paper's w. To try another, change the default and give a new --out: a run
+does not record these defaults, so --resume would go on with a run of the old ones.
 
 Three methods compare the pictures of a batch with each other: `dist` in its columns, `pkt` and `rkd`.
 They see the pictures that a rank computes at a time: its share of the batch, and of this one part of
 --accumulate. So only these three give another loss on two ranks than on one.
 
 A new method is a function here, its name in METHODS, and its name in --method (`train.py`). It belongs
-into the sets below METHODS if it compares features, or reads labels or T.
+in the sets below METHODS if it compares features, or reads labels or T.
 """
 
 import math
@@ -135,6 +136,8 @@ def rkd(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, di
     features. The width of the student's features may differ. The paper sums; the means here are over pairs
     and triples of different pictures, and those of the authors' code over all B² and B³. It keeps about
     2·B²·D + 2·B³ numbers for its gradient: 11 MB for 32 pictures of 1280 features, 19 GB for 1024.
+    Their script for classification first divides each row of features by its norm, and adds 16·KL at
+    T = 4. Neither is done here.
     """
     rows = len(student)
     pairs, triples = max(math.comb(rows, 2), 1), max(rows * (rows - 1) * (rows - 2), 1)

@@ -216,15 +216,18 @@ def minus(number: str) -> str:
     return number.replace("-", "−")
 
 
-def bootstrap_interval(statistic: Callable[..., np.ndarray], *sizes: int, draws: int = 10_000) -> list[float]:
-    """The 95 % percentile interval of a statistic, by drawing its items again (Efron 1979).
+def bootstrap_interval(statistic: Callable[..., np.ndarray], *sizes: int, draws: int = 10_000,
+                       level: float = 0.95) -> list[float]:
+    """The percentile interval of a statistic, by drawing its items again (Efron 1979).
 
     sizes: how many items there are along each axis, such as runs and images. Each axis is drawn
     with replacement, independently of the others, from a generator with a fixed seed.
     statistic: takes one int64 array `(draws, size)` for each axis, which says how often a draw has
     each item, and returns the value in each draw, `(draws,)`.
+    level: the share of the draws within the interval.
     """
-    return [float(limit) for limit in np.quantile(statistic(*_drawn(sizes, draws)), [0.025, 0.975])]
+    limits = np.quantile(statistic(*_drawn(sizes, draws)), [(1 - level) / 2, (1 + level) / 2])
+    return [float(limit) for limit in limits]
 
 
 @functools.lru_cache(maxsize=2)     # drawing takes far longer than a statistic, and tables have many of equal sizes

@@ -141,8 +141,8 @@ OF_THE_TEACHER = {"teacher_weights", "teacher_epochs"}
 
 
 def difference(arm: Arm, other: Arm, splits: Sequence[str] = ("test",), by_class: bool = False,
-               allowed: frozenset[str] = frozenset()) -> dict[str, Any] | None:
-    """`arm` − `other` over the seeds that both have: n, mean, sd, and the 95 % interval over runs and pictures.
+               allowed: frozenset[str] = frozenset(), level: float = 0.95) -> dict[str, Any] | None:
+    """`arm` − `other` over the seeds that both have: n, mean, sd, and the interval over runs and pictures.
 
     None for fewer than three seeds. The arms must have the same settings but the `allowed` ones, and the same teacher,
     unless "teacher" is among those.
@@ -161,7 +161,7 @@ def difference(arm: Arm, other: Arm, splits: Sequence[str] = ("test",), by_class
     if len(gains) < 3:
         return None
     values = np.stack(gains)
-    return {**report.mean_and_sd(values.mean(axis=1).tolist()), "interval": report.gain_interval(values)}
+    return {**report.mean_and_sd(values.mean(axis=1).tolist()), "interval": report.gain_interval(values, level)}
 
 
 def cell(shares: Sequence[float]) -> str:
@@ -275,24 +275,32 @@ ALLOWED = frozenset({"method", "standardise", "kd_weight", "temperature", "label
 
 
 def methods_table(prefix: str = "", splits: Sequence[str] = ("test",)) -> str:
-    """A row for each method, with the setting that was tuned: accuracy, also by class, and what it is over others.
+    """A row for each method, with its flags: accuracy, also by class, and what it is over others.
 
+    A star marks a difference whose interval excludes zero even at the level that allows for as many comparisons as
+    there are methods (Bonferroni).
     prefix: what stands before a method's name in the name of its folder.
     """
+    level = 1 - 0.05 / len(methods.METHODS)
+
+    def over(arm: Arm, other: Arm) -> str:
+        strict = difference(arm, other, splits, allowed=ALLOWED, level=level)
+        star = " *" if strict and strict["interval"][0] * strict["interval"][1] > 0 else ""
+        return versus(arm, other, splits, allowed=ALLOWED) + star
+
     rows = []
     for name in ("control", *methods.METHODS):
         arm = Arm(f"methods/{prefix}{name}")
         if not (runs := read_runs(arm.folder)):
             continue
-        tuned, over = "", ["", ""]
+        flags, differences = "", ["", ""]
         if name != "control":
-            flag = methods.METHODS[name][1]
-            tuned = f"`{flag} {runs[min(runs)]['config'][flag[2:].replace('-', '_')]:g}`"
-            over = [versus(arm, Arm(f"methods/{prefix}{other}"), splits, allowed=ALLOWED) if name != other else ""
-                    for other in ("control", "kd")]
-        rows.append([name, tuned, str(len(runs)), cell(accuracies(arm, splits)),
-                     cell(accuracies(arm, splits, by_class=True)), *over])
-    return markdown(["method", "tuned", "n", "accuracy", "mean per class", "over the control", "over kd"], rows)
+            flags = f"`{' '.join(methods.chosen(name))}`"
+            differences = [over(arm, Arm(f"methods/{prefix}{other}")) if name != other else ""
+                           for other in ("control", "kd")]
+        rows.append([name, flags, str(len(runs)), cell(accuracies(arm, splits)),
+                     cell(accuracies(arm, splits, by_class=True)), *differences])
+    return markdown(["method", "flags", "n", "accuracy", "mean per class", "over the control", "over kd"], rows)
 
 
 def steps_table() -> str:

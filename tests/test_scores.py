@@ -214,6 +214,20 @@ def test_the_bootstrap_draws_every_axis_with_replacement():
     assert bootstrap_interval(statistic, 4, 9, draws=500) == [low, high]  # the same draws each time
 
 
+def test_an_interval_holds_the_share_of_the_draws_that_is_its_level():
+    values = np.arange(50.0) ** 2
+    means: list[np.ndarray] = []
+
+    def note(counts: np.ndarray) -> np.ndarray:
+        means.append(counts @ values / 50)
+        return means[-1]
+
+    for level in (0.5, 0.95, 0.995):
+        low, high = bootstrap_interval(note, 50, level=level)
+        assert ((low <= means[-1]) & (means[-1] <= high)).mean() == pytest.approx(level, abs=1e-3)
+        assert (means[-1] < low).mean() == pytest.approx((1 - level) / 2, abs=1e-3)
+
+
 def test_the_bootstrap_of_a_mean_has_the_width_of_its_standard_error():
     values = np.repeat([1.0, 0.0], [100, 300])
     low, high = bootstrap_interval(lambda counts: counts @ values / 400, 400)

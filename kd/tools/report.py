@@ -161,8 +161,8 @@ def group_row(number: int, rows: list[dict[str, Any]], by_image: list[ByImage | 
     return group
 
 
-def gain_interval(gains: np.ndarray) -> list[float]:
-    """The 95 % interval of the mean of `(runs, images)`, whose runs and images are both drawn again.
+def gain_interval(gains: np.ndarray, level: float = 0.95) -> list[float]:
+    """The interval of the mean of `(runs, images)`, at that level. Runs and images are both drawn again.
 
     Images are drawn for all runs at once, because the test split is the same for all: what makes an image hard is no
     noise of one run.
@@ -171,7 +171,7 @@ def gain_interval(gains: np.ndarray) -> list[float]:
         run_shares, image_shares = run_counts / gains.shape[0], image_counts / gains.shape[1]
         return ((run_shares @ gains) * image_shares).sum(axis=1)
 
-    return bootstrap_interval(means, *gains.shape)
+    return bootstrap_interval(means, *gains.shape, level=level)
 
 
 def mean_and_sd(values: list[float]) -> dict[str, Any]:
