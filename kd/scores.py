@@ -222,7 +222,7 @@ def bootstrap_interval(statistic: Callable[..., np.ndarray], *sizes: int, draws:
 
     sizes: how many items there are along each axis, such as runs and images. Each axis is drawn
     with replacement, independently of the others, from a generator with a fixed seed.
-    statistic: takes one int64 array `(draws, size)` for each axis, which says how often a draw has
+    statistic: takes one uint16 array `(draws, size)` for each axis, which says how often a draw has
     each item, and returns the value in each draw, `(draws,)`.
     level: the share of the draws within the interval.
     """
@@ -230,8 +230,8 @@ def bootstrap_interval(statistic: Callable[..., np.ndarray], *sizes: int, draws:
     return [float(limit) for limit in limits]
 
 
-@functools.lru_cache(maxsize=2)     # drawing takes far longer than a statistic, and tables have many of equal sizes
+@functools.lru_cache(maxsize=6)     # drawing takes far longer than a statistic, and tables have many of equal sizes
 def _drawn(sizes: tuple[int, ...], draws: int) -> list[np.ndarray]:
-    """How often each draw has each item, `(draws, size)` int64 for every axis."""
+    """How often each draw has each item, `(draws, size)` uint16 for every axis."""
     generator = np.random.default_rng(0)
-    return [generator.multinomial(size, np.full(size, 1 / size), size=draws) for size in sizes]
+    return [generator.multinomial(size, np.full(size, 1 / size), size=draws).astype(np.uint16) for size in sizes]

@@ -168,8 +168,8 @@ def gain_interval(gains: np.ndarray, level: float = 0.95) -> list[float]:
     noise of one run.
     """
     def means(run_counts: np.ndarray, image_counts: np.ndarray) -> np.ndarray:
-        run_shares, image_shares = run_counts / gains.shape[0], image_counts / gains.shape[1]
-        return ((run_shares @ gains) * image_shares).sum(axis=1)
+        sums = image_counts @ gains.T.astype(np.float64)    # (draws, runs)
+        return (sums * run_counts).sum(axis=1) / gains.size
 
     return bootstrap_interval(means, *gains.shape, level=level)
 
