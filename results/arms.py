@@ -295,7 +295,9 @@ def methods_table(prefix: str = "", splits: Sequence[str] = ("test",)) -> str:
             continue
         flags, differences = "", ["", ""]
         if name != "control":
-            flags = f"`{' '.join(methods.chosen(name))}`"
+            fixed, tuned, _ = methods.METHODS[name]
+            value = runs[min(runs)]["config"][tuned[2:].replace("-", "_")]
+            flags = f"`{' '.join(fixed)} {tuned} {value:g}`"
             differences = [over(arm, Arm(f"methods/{prefix}{other}")) if name != other else ""
                            for other in ("control", "kd")]
         rows.append([name, flags, str(len(runs)), cell(accuracies(arm, splits)),

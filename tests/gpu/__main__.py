@@ -48,13 +48,8 @@ class Part(NamedTuple):
     arguments: list[str]
 
 
-def parts(out: Path) -> list[Part]:
-    """In the order of what is most worth knowing."""
-    stand_ins.install()
-    from tests.conftest import make_photos
-    photos = out / "photos"     # of 40 px, made as large as asked; the step takes as long for them as for others
-    if not photos.exists():
-        make_photos(photos)
+def parts(photos: Path) -> list[Part]:
+    """In the order of what is most worth knowing. photos: a folder of pictures, which are made as large as asked."""
     if REHEARSAL:
         small = ["--dataset", str(photos), "--size", "32", "--teacher", "test_resnet", "--student",
                  "test_efficientnet", "--steps", "2", "--device", "cpu", "--rounds", "2"]
@@ -239,14 +234,19 @@ def main(argv: list[str]) -> int:
         print("tests.gpu: error: torch.cuda.is_available() is False: there is no GPU here", file=sys.stderr)
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
-    known = {part.name: part for part in parts(args.out)}
+    photos = tempfile.TemporaryDirectory()
+    known = {part.name: part for part in parts(Path(photos.name))}
     names = args.only.split(",") if args.only else [name for name in known if name not in LONG]
     unknown = [name for name in names if name not in known]
     if unknown:
         print(f"tests.gpu: error: --only {unknown[0]}: known are {', '.join(known)}", file=sys.stderr)
         return 2
 
-    results = run_all([known[name] for name in names], args.out)
+    with photos as folder:
+        stand_ins.install()
+        from tests.conftest import make_photos
+        make_photos(Path(folder))
+        results = run_all([known[name] for name in names], args.out)
     everything = {"torch": torch.__version__, "gpu": torch.cuda.get_device_name() if DEVICE.type == "cuda" else None,
                   "parts": {each["part"]: {"ended": each["ended"], "seconds": each["seconds"]} for each in results}}
     write_atomic(args.out / "summary.json", json.dumps(everything, indent=1).encode())
