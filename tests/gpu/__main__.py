@@ -65,10 +65,10 @@ def parts(photos: Path) -> list[Part]:
 
     # 1024 pictures of 224 px and what a step in float32 keeps of them are more than 80 GB.
     blocks = {"128": common("128", "224", "10"), "8": common("8", "224", "40"), "1024": common("1024", "128", "4")}
-    compare = [Part(f"compare-{batch}", 90, ["bench", "compare", *flags, "--minutes", "0.8"])
+    compare = [Part(f"compare-{batch}", 110, ["bench", "compare", *flags, "--minutes", "0.8"])
                for batch, flags in blocks.items()]
-    compiled = [Part(name, 170, [*part.arguments, "--compiled"]) for name, part in zip(LONG, compare, strict=True)]
-    return [Part("tests", 200, []), Part("waits", 90, []), *compare, Part("loss", 60, ["bench", "loss", "--json"]),
+    compiled = [Part(name, 400, [*part.arguments, "--compiled"]) for name, part in zip(LONG, compare, strict=True)]
+    return [Part("tests", 200, []), Part("waits", 120, []), *compare, Part("loss", 60, ["bench", "loss", "--json"]),
             Part("bench", 60, ["bench", *blocks["128"]]), *compiled]
 
 

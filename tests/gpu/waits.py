@@ -95,6 +95,8 @@ def measure() -> dict[str, Any]:
 
 
 def summary(name: str, modes: dict[str, Any]) -> str:
-    """What both modes found, in a line."""
+    """What both modes found, in a line, with the three places that wait most often."""
+    waits = modes["warn"]["waits"]
+    places = "".join(f", {count} at {where}" for where, count in list(waits.items())[:3])
     return (f"{name}: {'waits' if modes['error']['waits_in_train_step'] else 'no wait'} in train_step; "
-            f"{sum(modes['warn']['waits'].values())} waits in a whole run of {modes['warn']['steps']} steps")
+            f"{sum(waits.values())} waits in a whole run of {modes['warn']['steps']} steps{places}")
