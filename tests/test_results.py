@@ -138,6 +138,10 @@ def test_an_arm_differs_from_the_first_in_what_it_is_called_after(tmp_path, monk
         assert (config.labels == 0) == (arm == "labelled" or arm.startswith("wrong"))
     assert flags["patient-10"].epochs == 10 * first["epochs"]
 
+    args.kind = "caltech101"
+    wrong = few_labels.flags_of("wrong-40-half", 0, args, dataset)
+    assert cli.parse_config(train.Config, train.RECIPES, wrong, "").epochs == methods.EPOCHS
+
 
 def test_the_labelled_folder_is_what_the_control_learns_from(tmp_path):
     root = toy.class_folders(tmp_path / "set", classes={"a": 40, "b": 40, "c": 40})
