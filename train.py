@@ -368,9 +368,14 @@ def epoch_entry(job: Job, position: Position, result: dict[str, Any], lr: float,
 
 @signals.handlers_restored()                                  # a notebook goes on after main
 @hub.online_again()
-def main(cfg: Config) -> dict[str, Any]:
-    """The whole run. Returns what result.json holds. Raises BadInput, TrainingFault or Stopped."""
+def main(cfg: Config, control_only: bool = False) -> dict[str, Any]:
+    """The whole run. Returns what result.json holds. Raises BadInput, TrainingFault or Stopped.
+
+    control_only: the student is trained as the control of this run would be, for `python -m kd probe`.
+    """
     check(cfg)                                                # what can be found wrong right now
+    if control_only:
+        cfg = dataclasses.replace(cfg, kd_weight=0.0, control=False)
     machine = runtime.start(cfg.device, cfg.amp, cfg.compile, cfg.kernels)
     distributed.join(machine.device)                          # meet the other ranks, if any
     # Refuses a folder that holds another run, unless --resume or --overwrite says what to do.

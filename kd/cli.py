@@ -94,6 +94,9 @@ def parse_config(config_class: type, recipes: Recipes, argv: list[str], doc: str
         raise BadInput(f"unknown argument {unknown[0]}{nearest(unknown[0].split('=')[0], options)}")
 
     flags = {name: value for name, value in vars(given).items() if value is not None}
+    for name, value in flags.items():
+        if value == "":     # such as "$PHOTOS", where the shell knows no PHOTOS
+            raise BadInput(f"{option_of(name)}: its value is empty; give one, or leave the flag out")
     return build_config(config_class, recipes, flags)
 
 

@@ -22,7 +22,7 @@ class ByRole(NamedTuple):
     """What each role of a run learns from. Validation and test are the same in all three."""
 
     teacher: Data       # the labelled pictures
-    control: Data       # the same, as often round as an epoch of the student needs
+    control: Data       # the same pictures, repeated until they are as many as the student's
     student: Data       # all pictures; those without a label have NO_LABEL
 
 
@@ -33,7 +33,7 @@ def by_role(data: Data, count: int, seed: int, unlabelled: np.ndarray | None = N
     All of train comes first in the student's data, in its own order. So the number of labels does not
     decide which logits of a teacher are in the store.
 
-    The control takes as many steps as the student. Each time round, it sees other views.
+    The control takes as many steps as the student. A repeated picture counts as another sample, so it has other views.
 
     Raises BadInput as `keep_labels` does.
     """

@@ -39,6 +39,7 @@ def test_the_recipes_only_set_what_is_a_flag():
     (["--temperature", "0"], "--temperature 0.0: must be at most 1000 and above 0"),
     (["--lr", "nan"], "--lr nan: must be above 0"),
     (["--lr", "inf"], "--lr inf: must be above 0"),
+    (["--unlabelled", ""], "--unlabelled: its value is empty; give one, or leave the flag out"),
 ])
 def test_a_mistake_is_named(argv, expected):
     with pytest.raises(BadInput) as caught:

@@ -3,8 +3,8 @@
 What a student gains from its teacher is mostly bounded by that distance, the headroom. A long run is worth its time
 where there is some.
 
-The teacher is fine-tuned and the control is trained by `train.main`, on the same pictures as in the run that the flags
-describe, but for fewer epochs. Both figures are of validation. Nothing is shown of the test split.
+The teacher is fine-tuned and the control is trained by `train.main`, as in the run that the flags describe, but for
+fewer epochs. Both figures are of validation. Nothing is shown of the test split.
 """
 
 import argparse
@@ -46,19 +46,21 @@ def main(argv: list[str]) -> None:
 
 
 def short_run(cfg: Any, epochs: int, teacher_epochs: int, out: Path) -> dict[str, Any]:
-    """The result of `train.main` with teacher and control of `cfg`, after so many epochs, and seconds an epoch.
+    """The result of `train.main` with the teacher of `cfg`, and its control as "student".
 
-    At λ = 0 the student of `train.main` is a control: it has no teacher, and knows the labelled pictures only.
+    Also the seconds an epoch of each took, and how many pictures validation has.
     """
     import train
     shortened = dataclasses.replace(
-        cfg, epochs=epochs, teacher_epochs=min(teacher_epochs, cfg.teacher_epochs), kd_weight=0.0, control=False,
-        unlabelled="", allow_weak_teacher=True, out=str(out), resume=False, overwrite=False, push_to_hub="")
+        cfg, epochs=epochs, teacher_epochs=min(teacher_epochs, cfg.teacher_epochs), allow_weak_teacher=True,
+        out=str(out), resume=False, overwrite=False, push_to_hub="")
     with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
-        result = train.main(shortened)
+        result = train.main(shortened, control_only=True)
     lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     seconds = {entry["role"]: entry["seconds"] for entry in map(json.loads, lines)}     # of the last epoch of each
-    return {**result, "seconds_an_epoch": seconds}
+    data = json.loads((out / "config.json").read_text(encoding="utf-8"))["data"]
+    return {**result, "seconds_an_epoch": seconds,
+            "validation_pictures": data["splits"]["validation"]["pictures"]}
 
 
 def affordable(cfg: Any, timed: dict[str, Any], seconds: float) -> tuple[int, int]:
@@ -78,11 +80,17 @@ def affordable(cfg: Any, timed: dict[str, Any], seconds: float) -> tuple[int, in
 def report(cfg: Any, found: dict[str, Any], epochs: int, teacher_epochs: int) -> list[str]:
     """The lines to print."""
     teacher, control = (found[role]["validation_accuracy"] for role in ("teacher", "student"))
+    pictures = found["validation_pictures"]
+
+    def share(accuracy: float) -> str:
+        return f"{100 * accuracy:.1f} % ({round(accuracy * pictures)}/{pictures}) on validation"
+
     tuned = f"after {teacher_epochs} of {cfg.teacher_epochs} epochs of fine-tuning"
     tuned = tuned if cfg.teacher_epochs else "as loaded"
-    lines = [f"teacher {cfg.teacher}: {100 * teacher:.1f} % on validation, {tuned}",
-             f"control {cfg.student}: {100 * control:.1f} % on validation, after {epochs} of {cfg.epochs} epochs",
-             f"headroom {100 * (teacher - control):+.1f} points, as far as this short run shows"]
+    lines = [f"teacher {cfg.teacher}: {share(teacher)}, {tuned}",
+             f"control {cfg.student}: {share(control)}, after {epochs} of {cfg.epochs} epochs",
+             f"headroom {100 * (teacher - control):+.1f} points, as far as this short run shows; one picture is "
+             f"{100 / pictures:.1f}"]
     if epochs < cfg.epochs:
         lines.append("a longer run lifts the control, which leaves less of it")
     if teacher_epochs < cfg.teacher_epochs:

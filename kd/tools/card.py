@@ -8,14 +8,8 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from kd.cli import base_name
 from kd.data.sources import hub_id
-from kd.methods import TEMPERED
+from kd.methods import NEEDS_LABELS, TEMPERED
 from kd.models import timm_name
-
-DESCRIPTIONS = {
-    "teacher": "the teacher of a distillation: it learned from the labels only",
-    "student": "the student of a distillation: it learned from the labels and from its teacher",
-    "control": "the control of a distillation: the student's recipe without the teacher, from the labels only",
-}
 
 
 class Scores(NamedTuple):
@@ -56,7 +50,7 @@ def render_card(role: str, rows: dict[str, dict[str, Any]], settings: Mapping[st
 ---
 # {model} on {title}
 
-`{model}`, {DESCRIPTIONS[role]}.
+`{model}`, {_description(role, settings)}.
 
 ## Recipe
 
@@ -110,6 +104,19 @@ The licence of the pictures, and of weights that the teacher started from, may a
 def _model_of(role: str, settings: Mapping[str, Any]) -> str:
     """timm's name of the model in this role. The control is a student. Of a folder only the last part is named."""
     return base_name(settings["teacher" if role == "teacher" else "student"])
+
+
+def _description(role: str, settings: Mapping[str, Any]) -> str:
+    """What the model is, and what it learned from."""
+    if role == "teacher":
+        return "the teacher of a distillation: it learned from the labels only"
+    if role == "control":
+        return "the control of a distillation: the student's recipe without the teacher, from the labels only"
+    if not settings["kd_weight"]:
+        return "the student's recipe without a teacher (λ = 0): it learned from the labels only"
+    if settings["kd_weight"] == 1 and settings["method"] not in NEEDS_LABELS:
+        return "the student of a distillation (λ = 1): it learned from its teacher only, and read no label"
+    return "the student of a distillation: it learned from the labels and from its teacher"
 
 
 def _title(dataset: str) -> str:

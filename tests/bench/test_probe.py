@@ -8,20 +8,35 @@ import pytest
 import train
 from kd import BadInput
 from kd.bench import probe
+from tests.helpers import toy
 from tests.helpers.runs import command_line
 
 
-def test_teacher_and_control_are_those_of_the_run_and_test_stays_unseen(tiny, tmp_path, capsys):
+@pytest.mark.parametrize("others", [0, 20])
+def test_teacher_and_control_are_those_of_the_run_and_test_stays_unseen(tiny, tmp_path, capsys, monkeypatch, others):
     config = dataclasses.replace(tiny, epochs=2, teacher_epochs=1, select="last", labels=9)
+    if others:      # which make the epochs of the control longer
+        folder = toy.class_folders(tmp_path / "others", {"": {"any": others}})
+        config = dataclasses.replace(config, unlabelled=str(folder))
     run = train.main(dataclasses.replace(config, control=True, out=str(tmp_path / "whole")))
     capsys.readouterr()
+    found, short_run = [], probe.short_run
+
+    def remembered(*arguments):
+        found.append(short_run(*arguments))
+        return found[-1]
+
+    monkeypatch.setattr(probe, "short_run", remembered)
     probe.main(["--minutes", "1", *command_line(config)])
+    for probed, role in (("teacher", "teacher"), ("student", "control")):
+        assert found[-1][probed]["loss"] == run[role]["loss"]
     printed = capsys.readouterr().out
-    teacher, control = (100 * run[role]["validation_accuracy"] for role in ("teacher", "control"))
+    teacher, control = (run[role]["validation_accuracy"] for role in ("teacher", "control"))
     assert printed.splitlines()[:3] == [
-        f"teacher test_resnet: {teacher:.1f} % on validation, after 1 of 1 epochs of fine-tuning",
-        f"control test_efficientnet: {control:.1f} % on validation, after 2 of 2 epochs",
-        f"headroom {teacher - control:+.1f} points, as far as this short run shows"]
+        f"teacher test_resnet: {100 * teacher:.1f} % ({teacher * 12:.0f}/12) on validation, after 1 of 1 epochs of "
+        "fine-tuning",
+        f"control test_efficientnet: {100 * control:.1f} % ({control * 12:.0f}/12) on validation, after 2 of 2 epochs",
+        f"headroom {100 * (teacher - control):+.1f} points, as far as this short run shows; one picture is 8.3"]
     assert "test " not in printed and not Path(config.out).exists()
 
 
@@ -41,18 +56,25 @@ def test_the_time_is_shared_by_teacher_and_control(student, teacher, epochs):
 
 
 def test_what_is_left_out_of_a_shorter_run_and_a_teacher_without_use_are_said():
-    rows = {role: {"validation_accuracy": accuracy} for role, accuracy in (("teacher", 0.5), ("student", 0.625))}
-    assert probe.report(train.Config(epochs=30, teacher_epochs=0), rows, 3, 0) == [
-        "teacher resnet50: 50.0 % on validation, as loaded",
-        "control mobilenetv2_100: 62.5 % on validation, after 3 of 30 epochs",
-        "headroom -12.5 points, as far as this short run shows",
+    found = {"teacher": {"validation_accuracy": 0.5}, "student": {"validation_accuracy": 0.625},
+             "validation_pictures": 40}
+    assert probe.report(train.Config(epochs=30, teacher_epochs=0), found, 3, 0) == [
+        "teacher resnet50: 50.0 % (20/40) on validation, as loaded",
+        "control mobilenetv2_100: 62.5 % (25/40) on validation, after 3 of 30 epochs",
+        "headroom -12.5 points, as far as this short run shows; one picture is 2.5",
         "a longer run lifts the control, which leaves less of it",
         "so far this teacher has nothing to give: tune it longer, take another, or train without"]
-    assert probe.report(train.Config(epochs=3, teacher_epochs=8), rows, 3, 2)[3] == (
+    assert probe.report(train.Config(epochs=3, teacher_epochs=8), found, 3, 2)[3] == (
         "longer fine-tuning may lift the teacher, which adds to it")
 
 
-def test_mistakes_are_refused(monkeypatch):
+def test_mistakes_are_refused(tiny, tmp_path, monkeypatch):
+    others = dataclasses.replace(tiny, unlabelled=str(tmp_path / "others"))
+    with pytest.raises(BadInput, match="^--unlabelled: nothing learns from pictures without labels at --kd-weight 0"):
+        probe.main(command_line(dataclasses.replace(others, kd_weight=0.0)))
+    (tmp_path / "others").mkdir()
+    with pytest.raises(BadInput, match="^--unlabelled .*others"):
+        probe.main(command_line(others))
     with pytest.raises(BadInput, match="^--minutes 0.0: must be above 0$"):
         probe.main(["--minutes", "0"])
     with pytest.raises(BadInput, match="^unknown argument --epoch; did you mean --epochs"):

@@ -108,6 +108,16 @@ def test_the_card_of_each_role_says_what_it_is_and_what_it_comes_from():
     assert parsed(train.model_card(local_weights, "student", ROWS)).data.base_model is None
 
 
+@pytest.mark.parametrize("settings, words", [
+    ({"kd_weight": 0.5}, "the student of a distillation: it learned from the labels and from its teacher."),
+    ({"kd_weight": 1.0}, "the student of a distillation (λ = 1): it learned from its teacher only, and read no label."),
+    ({"kd_weight": 1.0, "method": "dkd"}, "it learned from the labels and from its teacher."),
+    ({"kd_weight": 0.0}, "the student's recipe without a teacher (λ = 0): it learned from the labels only.")])
+def test_the_card_says_what_the_student_learned_from(settings, words):
+    config = dataclasses.replace(train.Config(), **settings)
+    assert f"{words}\n" in train.model_card(config, "student", ROWS)
+
+
 def test_the_card_knows_every_way_to_name_a_teacher():
     for name, base, text in (
             ("timm/resnet50.a1_in1k", "timm/resnet50.a1_in1k", "`timm/resnet50.a1_in1k`, from timm's pretrained"),
