@@ -62,8 +62,10 @@ def keep(run: Path, folder: Path) -> None:
                       cache_dir=config["cache_dir"])
         logits = predict(model, data.validation.frames, prep, size, machine, role)
         right = {"validation": logits.argmax(1) == labels["validation"], "test": test.correct(role)}
-        # It must be the same model and the same pictures. The teacher was folded in the run, which rounds differently.
-        assert abs(right["validation"].mean() - result[role]["validation_accuracy"]) < 0.01, (run, role)
+        # It must be the same model and the same pictures. The teacher was folded in the run, which rounds differently:
+        # where wrong labels have made it unsure, that has changed its answer on 2 of 133 pictures.
+        allowed = 0.02 if role == "teacher" else 0.01
+        assert abs(right["validation"].mean() - result[role]["validation_accuracy"]) < allowed, (run, role)
         result["right"][role] = {split: np.packbits(in_order(right[split], names[split])).tobytes().hex()
                                  for split in right}
     weights = (run / "teacher" / "model.safetensors").read_bytes()

@@ -42,7 +42,8 @@ def every_table() -> dict[str, str]:
                                             ("results/README.md", "times"), ("results/README.md", "search"),
                                             ("README.md", "few"), ("results/README.md", "few"),
                                             ("results/README.md", "by class"), ("results/README.md", "parts"),
-                                            ("results/README.md", "patience"), ("results/README.md", "pretrained"),
+                                            ("results/README.md", "patience"), ("results/README.md", "wrong"),
+                                            ("results/README.md", "pretrained"),
                                             ("results/README.md", "methods"), ("results/README.md", "methods on beans"),
                                             ("results/README.md", "tuning"), ("results/README.md", "steps")])
 def test_every_table_is_made_from_its_runs(document, name):
