@@ -4,7 +4,7 @@
 
 It makes each run by the command that it prints, one after another. A run that has ended is left alone, and one that was
 stopped goes on. So the script may be started again at any time, and several times at once for other labels or seeds.
-`all` comes first, because the other arms need its models, but for those with wrong labels.
+`all` comes first: all other arms need its models, except those with wrong labels.
 
 The arms see the same labels and take the same number of steps, so that what the gain is made of can be told:
 

@@ -46,9 +46,9 @@ def main(argv: list[str]) -> None:
 
 
 def short_run(cfg: Any, epochs: int, teacher_epochs: int, out: Path) -> dict[str, Any]:
-    """The result of `train.main` with the teacher of `cfg`, and its control as "student".
+    """The result of `train.main` with the teacher of `cfg`, and with its control in the place of the student.
 
-    Also the seconds an epoch of each took, and how many pictures validation has.
+    It also has the seconds that an epoch of each took, and the number of validation pictures.
     """
     import train
     shortened = dataclasses.replace(

@@ -15,7 +15,7 @@ from tests.helpers.runs import command_line
 @pytest.mark.parametrize("others", [0, 20])
 def test_teacher_and_control_are_those_of_the_run_and_test_stays_unseen(tiny, tmp_path, capsys, monkeypatch, others):
     config = dataclasses.replace(tiny, epochs=2, teacher_epochs=1, select="last", labels=9)
-    if others:      # which make the epochs of the control longer
+    if others:      # they make the control's epochs longer
         folder = toy.class_folders(tmp_path / "others", {"": {"any": others}})
         config = dataclasses.replace(config, unlabelled=str(folder))
     run = train.main(dataclasses.replace(config, control=True, out=str(tmp_path / "whole")))
