@@ -4,7 +4,7 @@
 
 It makes each run by the command that it prints, one after another. A run that has ended is left alone, and one that was
 stopped goes on. So the script may be started again at any time, and several times at once for other labels or seeds.
-`all` comes first: all other arms need its models, except those with wrong labels.
+`all` comes first: the other arms need its models, except `imagenet` and those with wrong labels.
 
 The arms see the same labels and take the same number of steps, so that what the gain is made of can be told:
 
@@ -12,7 +12,8 @@ The arms see the same labels and take the same number of steps, so that what the
     smoothing   a control with smoothed labels: what softness alone is worth
     labelled    the student learns from the teacher, on the labelled pictures only: without the other pictures
     hard        the student learns the class that the teacher gives to each view: without softness
-    self        the student learns on all pictures from the control of `all`: another teacher, that knows no ImageNet
+    self        the student learns on all pictures from the control of `all`: a teacher that is its equal
+    imagenet    the same, but this teacher starts from ImageNet weights, and is fine-tuned on the labels
     patient-3   `all` in three times the steps (patient-10: in ten times)
     pretrained  `all`, where student and control start from ImageNet weights as well
 
@@ -38,8 +39,8 @@ from kd.data.sources import open_dataset
 from kd.machine.files import write_atomic
 from results import launch
 
-ARMS = ("all", "smoothing", "labelled", "hard", "self", "patient-3", "patient-10", "pretrained", "wrong-20", "wrong-40",
-        "wrong-20-half", "wrong-40-half")
+ARMS = ("all", "smoothing", "labelled", "hard", "self", "imagenet", "patient-3", "patient-10", "pretrained", "wrong-20",
+        "wrong-40", "wrong-20-half", "wrong-40-half")
 SHARED = ["--recipe", "few", "--allow-weak-teacher"]
 
 # what differs between the data sets, and how long a teacher is fine-tuned on so many labels
@@ -111,6 +112,10 @@ def flags_of(arm: str, seed: int, args: argparse.Namespace, dataset: Dataset) ->
                 str(TEACHER_EPOCHS[args.labels]), "--control"]
     if arm.startswith("wrong"):
         return [*flags, *wrong_flags(arm, seed, args, dataset, pictures)]
+    peer = ["--teacher", "mobilenetv2_100", "--teacher-size", "0"]      # the student's network and pictures
+    if arm == "imagenet":
+        return [*flags, *few, *peer, "--teacher-weights", args.student_weights, "--teacher-epochs",
+                str(TEACHER_EPOCHS[args.labels])]
 
     # the teacher and the control of `all` serve the other arms
     first = args.out / name_of("all", seed, args)
@@ -124,8 +129,7 @@ def flags_of(arm: str, seed: int, args: argparse.Namespace, dataset: Dataset) ->
     if arm == "hard":
         return [*flags, *few, *tuned, "--method", "hard"]
     if arm == "self":
-        return [*flags, *few, "--teacher", "mobilenetv2_100", "--teacher-weights", str(first / "control"),
-                "--teacher-epochs", "0", "--teacher-size", "0"]
+        return [*flags, *few, *peer, "--teacher-weights", str(first / "control"), "--teacher-epochs", "0"]
     if arm == "pretrained":
         return [*flags, *few, *tuned, "--control", "--student-weights", args.student_weights, "--lr", "1e-3"]
     _, times = arm.split("-")       # of a patient one
@@ -158,14 +162,14 @@ def main() -> None:
     parser.add_argument("--kind", required=True, choices=tuple(KINDS))
     parser.add_argument("--labels", required=True, type=int, choices=tuple(TEACHER_EPOCHS))
     parser.add_argument("--teacher-weights", required=True, help="ImageNet weights of the teacher")
-    parser.add_argument("--student-weights", help="ImageNet weights of the student, for the arm pretrained")
+    parser.add_argument("--student-weights", help="ImageNet weights of MobileNetV2, for imagenet and pretrained")
     parser.add_argument("--out", required=True, type=Path, help="folder of the runs")
     parser.add_argument("--cache-dir", required=True)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
     parser.add_argument("--seeds", nargs="+", type=int, default=range(5))
     args = parser.parse_args()
-    if "pretrained" in args.arms and not args.student_weights:
-        parser.error("the arm pretrained needs --student-weights; give them, or choose other --arms")
+    if {"imagenet", "pretrained"} & set(args.arms) and not args.student_weights:
+        parser.error("the arms imagenet and pretrained need --student-weights; give them, or choose other --arms")
     dataset = open_dataset(args.data, say=lambda line: None)
     for arm in args.arms:
         for seed in args.seeds:

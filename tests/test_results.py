@@ -129,8 +129,8 @@ def test_an_arm_differs_from_the_first_in_what_it_is_called_after(tmp_path, monk
     first = dataclasses.asdict(flags.pop("all"))
     assert (first["labels"], first["control"], first["kd_weight"], first["select"]) == (60, True, 1.0, "last")
     allowed = {"smoothing": {"kd_weight", "label_smoothing"}, "labelled": {"dataset", "labels"}, "hard": {"method"},
-               "self": {"teacher", "teacher_size"}, "patient-3": {"epochs"}, "patient-10": {"epochs"},
-               "pretrained": {"student_weights", "lr"}}
+               "self": {"teacher", "teacher_size"}, "imagenet": {"teacher", "teacher_size"}, "patient-3": {"epochs"},
+               "patient-10": {"epochs"}, "pretrained": {"student_weights", "lr"}}
     for arm, config in flags.items():
         changed = {name for name, value in dataclasses.asdict(config).items() if value != first[name]}
         names = allowed.get(arm, {"dataset", "labels"} | ({"kd_weight"} if arm.endswith("half") else set()))
