@@ -144,6 +144,16 @@ def test_a_source_without_a_picture(tmp_path):
             with_unlabelled(open_dataset(str(root), say=lambda line: None), str(tmp_path / source))
 
 
+def test_texts_beside_the_pictures_are_left_out_with_a_line(tmp_path):
+    root, others = toy.class_folders(tmp_path / "set"), toy.class_folders(tmp_path / "others", {"": {"any": 5}})
+    for name in ("metadata.csv", "LICENSE", "any/README.md", "any/notes.TXT"):
+        (others / name).write_text("text")
+    said: list[str] = []
+    dataset = with_unlabelled(open_dataset(str(root), say=lambda line: None), str(others), say=said.append)
+    assert len(dataset.splits["unlabelled"]) == 5
+    assert said == ["others: left out: 4 files that are no pictures (LICENSE, README.md, notes.TXT, … 4 in all)"]
+
+
 def test_tables_of_any_split_give_their_pictures(tmp_path):
     root = toy.class_folders(tmp_path / "set")
     table = toy.table(tmp_path / "table", {"breed": "class:3", "age": "class:2"}, ("train", "extra"), rows=7)

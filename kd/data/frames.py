@@ -4,8 +4,8 @@ One file per split, valid or absent:
 
     N frames of R × R × 3 bytes | N CRC-32 | magic, N, R, digest of the pixels, fingerprint | SHA-256
 
-The fingerprint hashes everything that decides the pixels: the data, the resize, the library
-versions. The SHA-256 is that of the index, which is everything between the frames and itself.
+The fingerprint hashes everything that decides the pixels: the data, the resize, the code that decodes,
+the library versions. The SHA-256 is that of the index, which is everything between the frames and itself.
 
 The index is verified when the file is opened, and a frame when a process first reads it. So opening
 is instant, however large the file. A damaged frame is decoded again from its source.
@@ -35,6 +35,7 @@ from filelock import FileLock, Timeout
 from PIL import Image, features
 
 from kd import DISK_FULL, BadInput, TrainingFault
+from kd.data import decoding, repair
 from kd.data.decoding import INTERPOLATIONS, encoded_frame, to_frame
 from kd.data.kept import KeptFrames, hash_of, write_hashes
 from kd.data.samples import Dataset, Samples
@@ -45,6 +46,9 @@ from kd.machine.files import MappedFiles, sync_folder, write_at
 TAIL = struct.Struct("<8sQQ32s32s")     # magic, N, R, digest of the pixels, fingerprint
 MAGIC = b"kdframe1"                     # the last byte is the version of this format
 FIRST_BAD = 20                          # so many bad pictures are named in the message
+
+# Frames are valid only for the code that made them.
+CODE = hashlib.sha256(Path(decoding.__file__).read_bytes() + Path(repair.__file__).read_bytes()).hexdigest()
 
 Say = Callable[[str], None]
 Progress = Callable[[int, int], None]
@@ -87,7 +91,7 @@ class FrameSpec:
         return _digest(*self._settings())
 
     def _settings(self) -> tuple[Any, ...]:
-        return (self.size, self.side, self.interpolation,
+        return (self.size, self.side, self.interpolation, CODE,
                 Image.__version__, features.version_codec("jpg"), np.__version__)
 
 
@@ -128,7 +132,7 @@ class Frames:
             if hashlib.sha256(index).digest() != file.read(32):
                 raise ValueError("has a damaged index")
             if fingerprint != spec.fingerprint():
-                raise ValueError("was made from other data or by other library versions")
+                raise ValueError("was made from other data, or by another version of kd or of a library")
 
             self.digest, self.shape = digest.hex(), (count, side, side, 3)
             self._frames = self._mapped.open(file, self.shape, np.uint8)

@@ -52,7 +52,7 @@ class Dataset:
 
     name: str
     classes: tuple[str, ...]
-    splits: dict[str, Samples]      # by the keys of SPLITS
+    splits: dict[str, Samples]      # by the keys of SPLITS; also `unlabelled`, and any name where labels are ignored
     source: str = ""                # one line: which folders, columns and configuration were read
     whole: bool = False             # the source has no splits: what is called train is all that there is
     carved: tuple[str, ...] = ()    # the splits that were taken from train
@@ -164,22 +164,19 @@ def visible(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if not is_junk(path.name))
 
 
-def picture_files(folder: Path, links: Links | None = None) -> Iterator[Path]:
+def picture_files(folder: Path, links: Links) -> Iterator[Path]:
     """All visible files in `folder` and below, sorted. Every one is a picture, whatever its name says.
 
-    links: which may be followed; None: those to files, wherever they lead. Raises BadInput for other
-    links, and for what is neither a file nor a folder.
+    links: which may be followed. Raises BadInput for other links, and for what is neither a file nor a folder.
     """
-    if links:
-        links.check(folder)
+    links.check(folder)
     for path in visible(folder):
-        if links:
-            links.check(path)
+        links.check(path)
         if path.is_file():
             yield path
         elif path.is_dir() and not path.is_symlink():
             yield from picture_files(path, links)
-        elif path.is_dir() and links and links.follow:
+        elif path.is_dir() and links.follow:
             if Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(path)):
                 raise BadInput(f"{printable(str(path))} is a link in a circle; remove it")
             yield from picture_files(path, links)
@@ -253,9 +250,9 @@ def open_image_folder(root: Path, layout: Layout, follow_links: bool, say: Say) 
     # Classes that only other splits have get a number as well, so that kd/data/splits.py can name them.
     classes = sorted(files.get("train", {}))
     classes += sorted(set().union(*files.values()) - set(classes))
+    number = {label: index for index, label in enumerate(classes)}
     splits = {}
     for split, by_class in files.items():
-        number = {label: index for index, label in enumerate(classes)}
         labels = [number[label] for label in sorted(by_class) for _ in by_class[label]]
         split_files = [path for label in sorted(by_class) for path in by_class[label]]
         if split_files:
@@ -299,9 +296,21 @@ def _samples_from_files(root: Path, split: str, files: list[Path], labels: np.nd
                    files_fingerprint(real, files))
 
 
-def open_pictures(root: Path, follow_links: bool) -> Samples:
-    """All visible files below a folder, at any depth, without labels. Raises BadInput for links out of it."""
-    files = list(picture_files(root, links_of(root, follow_links)))
+# What people and archives put beside pictures.
+TEXTS = {".csv", ".html", ".json", ".jsonl", ".md", ".pdf", ".txt", ".xml", ".yaml", ".yml"}
+
+
+def open_pictures(root: Path, follow_links: bool, say: Say) -> Samples:
+    """All visible files below a folder but texts, at any depth, without labels. `say` is told of the texts.
+
+    Raises BadInput for links that lead out of the folder.
+    """
+    found = list(picture_files(root, links_of(root, follow_links)))
+    texts = [path for path in found if path.suffix.lower() in TEXTS or path.name.upper() in ("LICENSE", "LICENCE")]
+    if texts:
+        say(f"{printable(root.resolve().name)}: left out: {len(texts):,} files that are no pictures "
+            f"({first_names([printable(path.name) for path in texts], 3)})")
+    files = [path for path in found if path not in set(texts)]
     return _samples_from_files(root, "pictures", files, np.full(len(files), -1))
 
 

@@ -80,7 +80,7 @@ def with_unlabelled(dataset: Dataset, source: str, follow_links: bool = False, s
     try:
         if folder.is_dir() and not _has_tables(folder):
             with _errors_in_one_line(source):
-                samples = open_pictures(folder, follow_links)
+                samples = open_pictures(folder, follow_links, say)
         else:
             parts = _open(source, reading, say).splits.values()
             samples = joined([replace(part, labels=np.full(len(part), -1)) for part in parts])
@@ -238,6 +238,10 @@ def _open_hub_layout(root: Path, reading: Reading) -> Dataset:
             _refuse_lfs_pointer(path)
     _refuse_missing_shards(files)
     _check_card(root, links)
+    if glob.has_magic(os.path.realpath(root)):
+        # `datasets` would look for it as a pattern, and might read the files of another folder
+        raise BadInput(f"--dataset {root}: its path {os.path.realpath(root)} has one of the characters * ? [, with "
+                       "which Parquet files cannot be read; rename the folder")
     builder = tables.load_builder(str(root), os.path.realpath(root), reading.config)
     return _from_local_tables(root, builder, reading, links)
 
@@ -274,8 +278,8 @@ def _from_local_tables(root: Path, builder: Any, reading: Reading, links: Links)
     # A table that holds several splits depends, with all of them, on all files.
     everything = [path for paths in files.values() for path in paths]
     return Dataset(printable(root.resolve().name), dataset.classes, {
-        split: replace(samples, location=f"{real} {split}",
-                       fingerprint=files_fingerprint(real, files.get(split, everything)))
+        split: replace(samples, location=f"{real} {split} {reading.image}".rstrip(),
+                       fingerprint=f"{files_fingerprint(real, files.get(split, everything))} {reading.image}")
         for split, samples in dataset.splits.items()}, dataset.source)
 
 

@@ -272,4 +272,6 @@ def _samples_from_table(name: str, split: str, table: Any, column: str, labels: 
         links.check(image["path"])      # a table may name any file of this machine
         return Path(image["path"]).read_bytes()
 
-    return Samples(labels, read, name_of, lambda index: f"row {index}", f"{name} {split}", _fingerprint(table))
+    # Another column has other pictures.
+    return Samples(labels, read, name_of, lambda index: f"row {index}", f"{name} {split} {column}",
+                   f"{_fingerprint(table)} {column}")

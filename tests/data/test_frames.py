@@ -117,10 +117,11 @@ def test_other_data_or_versions_rebuild_with_one_line_each(tmp_path, monkeypatch
     second, said = open_store(tmp_path, dataset_of(10, "changed"))
     assert second.train.frames.path == first.train.frames.path
     assert len(said) == 4 and all("other data" in line for line in said[:3])
-    monkeypatch.setattr(Image, "__version__", "0.0")
-    third, said = open_store(tmp_path, dataset_of(10, "changed"))
-    assert len(said) == 4 and all("other library versions" in line for line in said[:3])
-    check_frames(third)
+    for place, name in ((Image, "__version__"), (frames, "CODE")):
+        monkeypatch.setattr(place, name, "0.0")
+        third, said = open_store(tmp_path, dataset_of(10, "changed"))
+        assert len(said) == 4 and all("another version of kd or of a library" in line for line in said[:3])
+        check_frames(third)
 
 
 def test_every_flipped_bit_is_noticed(tmp_path):

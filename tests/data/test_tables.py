@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from kd import BadInput
+from kd.data.frames import decode
 from kd.data.samples import Reading
 from tests.helpers import toy
 from tests.helpers.opening import hub_folder, image_folder, jpeg, labels, open_and_listen, open_quietly, refused
@@ -174,6 +175,28 @@ def test_a_choice_of_pictures_is_asked_for_and_made_with_image(tmp_path):
     first = int(train.key_of(0).removeprefix("row "))
     assert train.read(0) == jpeg(100 + first)
     refused(root, "--image label: not a column of pictures", Reading(image="label"))
+
+
+def test_every_column_of_pictures_has_frames_of_its_own(tmp_path):
+    features = datasets.Features({"photo": datasets.Image(), "mask": datasets.Image(),
+                                  "label": datasets.ClassLabel(names=["a", "b"])})
+    rows = {"photo": [{"bytes": jpeg(0), "path": None}] * 20, "mask": [{"bytes": jpeg(200), "path": None}] * 20,
+            "label": [0, 1] * 10}
+    (tmp_path / "set").mkdir()
+    datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "set" / "train.parquet")
+    for column, red in (("photo", 0), ("mask", 200), ("photo", 0)):
+        dataset, _ = open_and_listen(tmp_path / "set", Reading(image=column))
+        data = decode(dataset, size=8, crop_pct=1.0, interpolation="bilinear", cache_dir=tmp_path / "cache",
+                      say=lambda line: None)
+        assert abs(int(data.train.frames.read([0])[0, 4, 4, 0]) - red) <= 1
+    assert len(list((tmp_path / "cache").glob("*-train-*.frames"))) == 2    # each is decoded once
+
+
+@pytest.mark.parametrize("name", ["set[12]", "what?", "a*"])
+def test_a_table_in_a_folder_whose_name_would_be_a_pattern_is_refused(tmp_path, name):
+    hub_folder(tmp_path / "set1", {"train": [0, 1] * 10})
+    root = hub_folder(tmp_path / name, {"train": [0, 1] * 10})
+    refused(root, "has one of the characters .*; rename the folder")
 
 
 def test_labels_with_fractions_are_refused(tmp_path):
