@@ -381,15 +381,14 @@ def main(cfg: Config, control_only: bool = False) -> dict[str, Any]:
     # Refuses a folder that holds another run, unless --resume or --overwrite says what to do.
     run = Run(folder_of(cfg), dataclasses.asdict(cfg), FREE_ON_RESUME, cfg.save_minutes, cfg.resume,
               cfg.overwrite, defaults=dataclasses.asdict(Config()))
+    run.stop.install()                                        # Ctrl-C: finish the step, save, leave
     if run.finished:                                          # its result, once all is written
         print(f"{run.out} is finished: nothing to do")
         push(run, cfg)
         return run.finished
-    run.stop.install()                                        # Ctrl-C: finish the step, save, leave
 
     # ---- 1. Data and models. One crop for all; mean, std, interpolation are each model's own. ----
-    reading = Reading(config=cfg.config, image=cfg.image, label=cfg.label, follow_links=cfg.follow_links)
-    dataset = open_dataset(cfg.dataset, reading)
+    dataset = open_dataset(cfg.dataset, reading_of(cfg))
     if cfg.unlabelled:
         dataset = with_unlabelled(dataset, cfg.unlabelled, cfg.follow_links)
     student = build("student", dataset.classes, cfg, machine)     # step 4 trains another one
@@ -510,7 +509,12 @@ def check(cfg: Config) -> None:
 def folder_of(cfg: Config) -> Path:
     """The folder of the run: --out, or the default one."""
     own_dataset = RECIPES[cfg.recipe].get("dataset", Config.dataset)
-    return Path(cfg.out or default_folder(cfg.recipe, cfg.dataset, cfg.config, own_dataset))
+    return Path(cfg.out or default_folder(cfg.recipe, cfg.dataset, cfg.config, own_dataset)).expanduser()
+
+
+def reading_of(cfg: Config) -> Reading:
+    """What the flags say about how to read the data set."""
+    return Reading(config=cfg.config, image=cfg.image, label=cfg.label, follow_links=cfg.follow_links)
 
 
 def build(role: str, classes: tuple[str, ...], cfg: Config, machine: Runtime) -> nn.Module:

@@ -25,3 +25,10 @@ def one_line(error: BaseException) -> str:
     """The text of another library's error, on one line of at most 200 characters; without text, its type."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:199] + "…"
+
+
+def first_error(error: BaseException) -> str:
+    """The line of a compiler's output that says what is wrong, at most 200 characters of it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reasons = [line for line in lines if "error: " in line or "not found" in line]
+    return (reasons or lines or [repr(error)])[0][:200]

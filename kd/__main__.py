@@ -50,6 +50,8 @@ def run(argv: list[str]) -> int:
     except OSError as error:
         if error.errno not in (errno.EPIPE, *DISK_FULL):
             raise
+        if error.filename:      # an error of stdout names no file
+            cli.fail(f"the disk is full or failing ({error})", TrainingFault.status, "kd")
         # What stdout still holds would fail once more when Python ends, with a message of its own.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if error.errno == errno.EPIPE:

@@ -23,7 +23,7 @@ from kd import BadInput, TrainingFault
 
 Recipes = dict[str, dict[str, Any]]     # by name, the settings that differ from the defaults
 
-CACHE_DIR = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "kd")
+CACHE_DIR = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "kd")     # empty is unset, says the standard
 
 
 def rank() -> int:
@@ -78,7 +78,16 @@ def nearest(word: str, known: list[str]) -> str:
 # ---- parsing -----------------------------------------------------------------------------------------------------
 
 class OneLineParser(argparse.ArgumentParser):
-    """Raises BadInput where argparse would print its whole usage and leave."""
+    """Raises BadInput where argparse would print its whole usage and leave, and for an empty value."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        for before, word in zip(["", *args], args):
+            option, equals, value = word.partition("=")
+            if not word or (option.startswith("--") and equals and not value):
+                # such as "$PHOTOS", where the shell knows no PHOTOS
+                name = option or (before if before.startswith("--") else "an argument")
+                raise BadInput(f"{name}: its value is empty; give one, or leave the flag out")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise BadInput(message)
@@ -94,9 +103,6 @@ def parse_config(config_class: type, recipes: Recipes, argv: list[str], doc: str
         raise BadInput(f"unknown argument {unknown[0]}{nearest(unknown[0].split('=')[0], options)}")
 
     flags = {name: value for name, value in vars(given).items() if value is not None}
-    for name, value in flags.items():
-        if value == "":     # such as "$PHOTOS", where the shell knows no PHOTOS
-            raise BadInput(f"{option_of(name)}: its value is empty; give one, or leave the flag out")
     return build_config(config_class, recipes, flags)
 
 

@@ -42,7 +42,7 @@ def declared(model: nn.Module) -> dict[str, Any]:
 
 def path_of(flag: str, weights: str) -> Path:
     """The file that `weights`, a file or a saved folder, stands for. Raises BadInput where there is none."""
-    path = Path(weights)
+    path = Path(weights).expanduser()
     if path.is_dir():
         path = next((path / name for name in FILE_NAMES if (path / name).is_file()), path / FILE_NAMES[0])
     if not path.is_file():

@@ -16,7 +16,7 @@ from typing import Any, Mapping, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from kd import BadInput, models
+from kd import BadInput, cli, models
 from kd.features import merge_head
 from kd.machine import checkpoint, devices, distributed, runtime
 from kd.machine.files import write_atomic
@@ -143,7 +143,7 @@ class Run:
         self.facts = self.facts or facts
         for name, value in self.facts.items():
             if facts[name] != value:
-                raise BadInput(f"--resume: what --{name.replace('_', '-')} stands for has changed since the run "
+                raise BadInput(f"--resume: what {cli.option_of(name)} stands for has changed since the run "
                                f"began; give it as it was, or start again with --overwrite")
 
     def write_config(self, **facts: Any) -> None:
@@ -372,7 +372,7 @@ def remove_run(out: Path) -> None:
 
 
 def _check_settings(before: dict[str, Any], settings: Mapping[str, Any], free: set[str]) -> None:
-    changed = [f"--{name.replace('_', '-')} {value} (was {before.get(name)})" for name, value in settings.items()
+    changed = [f"{cli.option_of(name)} {value} (was {before.get(name)})" for name, value in settings.items()
                if name not in free and before.get(name) != value]
     if changed:
         raise BadInput(f"--resume: another setting makes another run: {', '.join(changed)}")

@@ -216,17 +216,22 @@ def minus(number: str) -> str:
     return number.replace("-", "−")
 
 
+AT_A_TIME = 500     # draws: all of them, as int64 or float64, would take gigabytes with tens of thousands of pictures
+
+
 def bootstrap_interval(statistic: Callable[..., np.ndarray], *sizes: int, draws: int = 10_000,
                        level: float = 0.95) -> list[float]:
     """The percentile interval of a statistic, by drawing its items again (Efron 1979).
 
     sizes: how many items there are along each axis, such as runs and images. Each axis is drawn
     with replacement, independently of the others, from a generator with a fixed seed.
-    statistic: takes one uint16 array `(draws, size)` for each axis, which says how often a draw has
-    each item, and returns the value in each draw, `(draws,)`.
+    statistic: takes one uint16 array `(some, size)` for each axis, which says how often some of the
+    draws have each item, and returns the value in each of them, `(some,)`.
     level: the share of the draws within the interval.
     """
-    limits = np.quantile(statistic(*_drawn(sizes, draws)), [(1 - level) / 2, (1 + level) / 2])
+    drawn = _drawn(sizes, draws)
+    values = [statistic(*(axis[first:first + AT_A_TIME] for axis in drawn)) for first in range(0, draws, AT_A_TIME)]
+    limits = np.quantile(np.concatenate(values), [(1 - level) / 2, (1 + level) / 2])
     return [float(limit) for limit in limits]
 
 
@@ -234,4 +239,9 @@ def bootstrap_interval(statistic: Callable[..., np.ndarray], *sizes: int, draws:
 def _drawn(sizes: tuple[int, ...], draws: int) -> list[np.ndarray]:
     """How often each draw has each item, `(draws, size)` uint16 for every axis."""
     generator = np.random.default_rng(0)
-    return [generator.multinomial(size, np.full(size, 1 / size), size=draws).astype(np.uint16) for size in sizes]
+    drawn = [np.empty((draws, size), np.uint16) for size in sizes]
+    for axis, size in zip(drawn, sizes, strict=True):
+        for first in range(0, draws, AT_A_TIME):
+            some = axis[first:first + AT_A_TIME]
+            some[:] = generator.multinomial(size, np.full(size, 1 / size), size=len(some))
+    return drawn

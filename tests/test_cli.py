@@ -1,5 +1,6 @@
 """Flags: defaults, recipes and flags override each other in that order; a mistake is one line that helps."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 import train
 from kd import BadInput, TrainingFault, cli
+from kd.tools import arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -45,6 +47,24 @@ def test_a_mistake_is_named(argv, expected):
     with pytest.raises(BadInput) as caught:
         parse(*argv)
     assert str(caught.value).startswith(expected)
+
+
+@pytest.mark.parametrize("argv, name", [
+    (["student", "--dataset", "", "--json"], "--dataset"), (["student", "--cache-dir="], "--cache-dir"),
+    (["", "--dataset", "leaves"], "an argument"), (["student", ""], "an argument")])
+def test_an_empty_value_is_refused_by_every_command(argv, name):
+    parser = arguments.make_parser("evaluate", None)
+    arguments.add_data_flags(parser)
+    arguments.add_json_flag(parser, "")
+    with pytest.raises(BadInput, match=f"^{name}: its value is empty"):
+        parser.parse_args(argv)
+
+
+def test_an_empty_place_of_caches_is_none():
+    said = [subprocess.run([sys.executable, "-c", "from kd import cli; print(cli.CACHE_DIR)"], cwd=ROOT, text=True,
+                           capture_output=True, env={**os.environ, "XDG_CACHE_HOME": place}).stdout.strip()
+            for place in ("", "/elsewhere")]
+    assert said == [os.path.join("~/.cache", "kd"), os.path.join("/elsewhere", "kd")]
 
 
 def test_help_answers_before_torch_is_imported():

@@ -1,5 +1,6 @@
 """`python -m kd`: the commands by name, and a mistake in each of them."""
 
+import errno
 import importlib
 import json
 import os
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kd.__main__ import COMMANDS, MODULES, main
+from kd.__main__ import COMMANDS, MODULES, main, run
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -78,6 +79,19 @@ def test_a_full_disk_behind_stdout_is_one_line_and_status_1():
         done = subprocess.run([sys.executable, "-m", "kd", "--help"], cwd=ROOT, stdout=full, stderr=subprocess.PIPE,
                               text=True)
     assert (done.returncode, done.stderr) == (1, "kd: error: stdout cannot be written (No space left on device)\n")
+
+
+def test_a_full_disk_behind_anything_else_is_not_blamed_on_stdout(monkeypatch, capsys):
+    def full(arguments):
+        print("said before")
+        raise OSError(errno.ENOSPC, "No space left on device", "/tmp/x")
+
+    monkeypatch.setattr(importlib.import_module("kd.tools.report"), "main", full)
+    with pytest.raises(SystemExit) as left:
+        run(["report"])
+    said = capsys.readouterr()
+    assert (left.value.code, said.out) == (1, "said before\n")
+    assert said.err == "kd: error: the disk is full or failing ([Errno 28] No space left on device: '/tmp/x')\n"
 
 
 def test_letters_that_the_terminal_lacks_are_escaped():

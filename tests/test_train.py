@@ -235,6 +235,16 @@ def test_a_mistake_beside_overwrite_costs_nothing(finished, mistake):
     assert digests(out) == before
 
 
+def test_an_upload_of_a_finished_run_can_be_stopped(finished, monkeypatch):
+    def push_folder(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert arguments[-1]() == signal.SIGTERM
+        return "not pushed"
+
+    monkeypatch.setattr(train.hub, "push_folder", push_folder)
+    assert train.main(dataclasses.replace(finished, resume=True, overwrite=False, push_to_hub="someone/x"))["student"]
+
+
 def test_overwrite_begins_anew(finished, trained):
     out = Path(finished.out)
     (out / "result.json").write_text('{"of the old run": true}')

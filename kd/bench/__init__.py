@@ -20,13 +20,14 @@ from kd import BadInput, cli
 
 def main(argv: list[str]) -> None:
     """Print what was measured. Raises BadInput."""
-    import train  # only now, so that `import kd.bench.loss` does without it
-    from kd import methods
-    from kd.bench import compare, loop, loss
-
-    if argv[:1] == ["loss"]:
+    if argv[:1] == ["loss"]:    # which needs none of train.py
+        from kd.bench import loss
         loss.main(argv[1:])
         return
+    import train
+    from kd import methods
+    from kd.bench import compare, loop
+
     name = argv[0] if argv and argv[0] in ("compare", "switches") else ""
 
     parser = cli.OneLineParser(add_help=False, allow_abbrev=False)
@@ -40,12 +41,11 @@ def main(argv: list[str]) -> None:
     if min(own.steps, 2 if own.rounds is None else own.rounds) < 2:
         raise BadInput("--rounds and --steps must be at least 2")
     if name == "compare" and not 0 < own.minutes < math.inf:
-        raise BadInput(f"--minutes {own.minutes}: must be above 0")
+        raise BadInput(f"--minutes {own.minutes}: must be above 0, and finite")
     cfg = cli.parse_config(train.Config, {**train.RECIPES, "demo": loop.DEFAULTS}, flags, __doc__ or "")
     for unused in ("labels", "unlabelled", "teacher_size", "topk"):     # they would change the time of a real run
         if getattr(cfg, unused):
-            given = f"--{unused.replace('_', '-')} {getattr(cfg, unused)}"
-            raise BadInput(f"{given}: is not part of what is timed; leave it out")
+            raise BadInput(f"{cli.option_of(unused)} {getattr(cfg, unused)}: not part of what is timed; leave it out")
     methods.check_flags(cfg)
     if name and cli.ranks() > 1:
         raise BadInput(f"{name}: times one process against another; start it without torchrun")

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import train
 from kd import models
-from kd.bench.limits import machine_limits, training_flops, wait
+from kd.bench.limits import machine_limits, now_on, training_flops
 from kd.bench.loop import Bench, note
 from kd.bench.loss import tutorial_loss
 from kd.machine import console, runtime
@@ -217,9 +217,9 @@ def compare(cfg: train.Config, steps: int, rounds: int = 0, minutes: float = MIN
             """Images/s of their steps, with the allocator as it comes. It is the process's, so it is set each time."""
             def images_per_second() -> float:
                 runtime.tune_allocator(False)
-                begin = wait(device)
+                begin = now_on(device)
                 steps_of()
-                rate = sum(map(len, images)) / (wait(device) - begin)
+                rate = sum(map(len, images)) / (now_on(device) - begin)
                 runtime.tune_allocator(machine.kernels)
                 return rate
             return images_per_second
@@ -255,11 +255,11 @@ def compare(cfg: train.Config, steps: int, rounds: int = 0, minutes: float = MIN
 
         def bare() -> float:
             student.train()
-            begin = wait(device)
+            begin = now_on(device)
             for _ in range(steps):
                 train.train_step(forward, optimizer, scaler, batches[0], teacher_outputs, bench.loss_fn, cfg,
                                  machine)
-            return steps * rows / (wait(device) - begin)
+            return steps * rows / (now_on(device) - begin)
 
         others = {"tutorial": tutorial(False), "timm_task": timm(False)}
         if compiled:

@@ -13,7 +13,7 @@ from kd import models
 from kd.machine import devices, distributed
 
 
-def wait(device: torch.device) -> float:
+def now_on(device: torch.device) -> float:
     """The time in seconds, once the device has done all that was queued."""
     devices.wait(device)
     return time.perf_counter()
@@ -34,9 +34,9 @@ def machine_limits(device: torch.device, amp: torch.dtype | None) -> dict[str, f
     def shortest(work: Callable[[], Any], repeats: int = 9) -> float:
         times = []
         for _ in range(repeats):
-            begin = wait(device)
+            begin = now_on(device)
             work()
-            times.append(wait(device) - begin)
+            times.append(now_on(device) - begin)
         return min(times)
 
     side = 8192 if device.type == "cuda" else 1536
@@ -66,7 +66,7 @@ def communication(student: nn.Module, device: torch.device, repeats: int = 20) -
     gradients = torch.zeros(models.parameters(student), device=device)
     times = []
     for _ in range(repeats):
-        begin = wait(device)
+        begin = now_on(device)
         distributed.mean_over_ranks(gradients)
-        times.append(wait(device) - begin)
+        times.append(now_on(device) - begin)
     return float(np.median(times) * 1e3)

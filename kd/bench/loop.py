@@ -18,10 +18,10 @@ from torch import Tensor, nn
 import train
 from kd import features, methods, models
 from kd.batches import Batch, load_batches
-from kd.bench.limits import communication, machine_limits, peak_memory, training_flops, wait
+from kd.bench.limits import communication, machine_limits, now_on, peak_memory, training_flops
 from kd.data.frames import Data, Split
 from kd.logits import LogitStore
-from kd.machine import distributed, runtime
+from kd.machine import devices, distributed, runtime
 from kd.run import Clock, Run
 from kd.teacher import StoreOptions, Teacher
 from kd.views import Views
@@ -30,7 +30,7 @@ DEFAULTS = {"dataset": "beans", "size": 224, "batch_size": 8, "teacher": "resnet
             "student": "mobilenetv2_100"}
 
 
-compile_model = runtime.compiled    # `Bench.fit` puts its own in this place
+compile_model = runtime.compiled    # the real one: `Bench.fit` puts its own in the place of runtime.compiled
 
 
 def note(line: str) -> None:
@@ -73,7 +73,7 @@ class Bench:
         distributed.join(self.machine.device)
 
         with contextlib.redirect_stdout(sys.stderr):
-            dataset = train.open_dataset(cfg.dataset)
+            dataset = train.open_dataset(cfg.dataset, train.reading_of(cfg))
             self.student = self.new_student(dataset.classes)
             self.prep = models.preprocessing(self.student)
             data = train.decode(dataset, size=cfg.size, crop_pct=self.prep.crop_pct,
@@ -127,10 +127,10 @@ class Bench:
 
         def pause_after_the_device(clock: Clock) -> bool:
             # A short epoch is queued on a GPU long before it is computed.
-            wait(self.machine.device)
+            devices.wait(self.machine.device)
             return pause(clock)
 
-        wait(self.machine.device)
+        devices.wait(self.machine.device)
         with (contextlib.redirect_stdout(io.StringIO()) as said,
               mock.patch.object(runtime, "compiled", self.compiled),
               mock.patch.object(Clock, "pause", pause_after_the_device)):
@@ -177,10 +177,10 @@ def parts(cfg: train.Config, rounds: int, steps: int) -> dict[str, Any]:
         milliseconds, walls = _step_by_parts(bench, student)
         asked = []                          # apart from the steps, which would then find a cold cache
         for batch in bench.batches():
-            begin = wait(device)
+            begin = now_on(device)
             with torch.no_grad(), bench.machine.autocast():
                 bench.teacher.model(models.normalize(batch.pixels, bench.teacher.prep))
-            asked.append(wait(device) - begin)
+            asked.append(now_on(device) - begin)
 
     wall = float(np.mean(walls) * 1e3)
     limits = machine_limits(device, bench.machine.amp)
@@ -207,7 +207,7 @@ def _step_by_parts(bench: Bench, student: nn.Module) -> tuple[dict[str, float], 
 
     def lap(part: str) -> None:
         nonlocal last
-        now = wait(device)
+        now = now_on(device)
         spent[part] = spent.get(part, 0.0) + now - last
         last = now
 
@@ -236,7 +236,7 @@ def _step_by_parts(bench: Bench, student: nn.Module) -> tuple[dict[str, float], 
     for _ in range(3):
         stream = bench.batches()
         while True:
-            start = last = wait(device)
+            start = last = now_on(device)
             batch = next(stream, None)
             if batch is None:
                 break
@@ -251,7 +251,7 @@ def _step_by_parts(bench: Bench, student: nn.Module) -> tuple[dict[str, float], 
                 lap("stored logits")
             train.train_step(model, optimizer, scaler, batch, teacher_outputs, loss_fn, bench.cfg, bench.machine)
             lap("optimizer")
-            walls.append(wait(device) - start)
+            walls.append(now_on(device) - start)
 
     bench.data.train.frames.read = real_read  # type: ignore[assignment, method-assign]
     return {part: 1e3 * seconds / len(walls) for part, seconds in spent.items()}, walls

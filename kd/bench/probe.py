@@ -11,12 +11,14 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from kd import BadInput, cli
+from kd.machine.signals import Stopped
 
 
 def main(argv: list[str]) -> None:
@@ -31,17 +33,20 @@ def main(argv: list[str]) -> None:
     own, flags = parser.parse_known_args(argv)
     if cli.ranks() > 1:
         raise BadInput("probe: runs in one process; start it without torchrun")
-    if not own.minutes > 0:
-        raise BadInput(f"--minutes {own.minutes}: must be above 0")
+    if not 0 < own.minutes < math.inf:
+        raise BadInput(f"--minutes {own.minutes}: must be above 0, and finite")
     cfg = cli.parse_config(train.Config, train.RECIPES, flags, train.__doc__ or "")
 
-    with tempfile.TemporaryDirectory() as folder:
-        # One epoch of each says how long an epoch takes.
-        first = short_run(cfg, 1, 1, Path(folder) / "timed")
-        epochs, teacher_epochs = affordable(cfg, first, 60 * own.minutes)
-        found = first
-        if (epochs, teacher_epochs) != (1, min(1, cfg.teacher_epochs)):
-            found = short_run(cfg, epochs, teacher_epochs, Path(folder) / "probe")
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            # One epoch of each says how long an epoch takes.
+            first = short_run(cfg, 1, 1, Path(folder) / "timed")
+            epochs, teacher_epochs = affordable(cfg, first, 60 * own.minutes)
+            found = first
+            if (epochs, teacher_epochs) != (1, min(1, cfg.teacher_epochs)):
+                found = short_run(cfg, epochs, teacher_epochs, Path(folder) / "probe")
+    except Stopped as stopped:
+        cli.fail("stopped; nothing is kept", stopped.status, "kd probe")
     print("\n".join(report(cfg, found, epochs, teacher_epochs)))
 
 

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from kd import first_error
+
 # Instruction sets by name, not -march=native: a cache on a shared disk must not hand the code of one
 # machine to another that cannot run it.
 INSTRUCTION_SETS = {
@@ -45,10 +47,10 @@ def load(source: Path, flags: Sequence[str], seconds: int) -> None:
     Raises BuildError, whatever the reason: no compiler, no ninja, a full disk. A kernel that cannot
     be built must cost a run its speed, never its life.
     """
-    # cpp_extension warns about a missing CUDA_HOME and an unusual compiler. Neither matters here, and
-    # errors are raised, not logged.
     if sys.platform == "win32":     # its compiler takes other flags, and a library in use cannot be renamed
         raise BuildError("there are no kernels for Windows")
+    # cpp_extension warns about a missing CUDA_HOME and an unusual compiler. Neither matters here, and
+    # errors are raised, not logged.
     logger = logging.getLogger("torch.utils.cpp_extension")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -133,10 +135,3 @@ def _ninja_and_compiler() -> Iterator[None]:
                     del os.environ[name]
                 else:
                     os.environ[name] = value
-
-
-def first_error(error: Exception) -> str:
-    """The line of a compiler's output that says what is wrong, at most 200 characters of it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reasons = [line for line in lines if "error: " in line or "not found" in line]
-    return (reasons or lines or [repr(error)])[0][:200]

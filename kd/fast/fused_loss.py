@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kd import first_error
 from kd.fast import build
 from kd.losses import NO_LABEL, check_arguments, check_label_range
 
@@ -191,7 +192,7 @@ def _load_kernel(device_type: str) -> tuple[str, str]:
             row, label = torch.zeros(1, 2, device="cuda"), torch.zeros(1, dtype=torch.int64, device="cuda")
             fused_loss_triton.loss_and_grad(row, row, label, 1.0, 0.5, 1.0)
         except Exception as error:
-            return "closed form", build.first_error(error)
+            return "closed form", first_error(error)
         fused_loss_triton.register()
         return "Triton", ""
     return "closed form", f"there is none for {device_type}"

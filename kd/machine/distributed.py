@@ -114,7 +114,7 @@ def check_same_on_all_ranks(facts: dict[str, Any], free: set[str]) -> None:
     for name in facts:
         for other, theirs in enumerate(gathered):
             if name not in free and theirs[name] != gathered[0][name]:
-                raise BadInput(f"--{name.replace('_', '-')}: rank 0 has {gathered[0][name]}, rank {other} has "
+                raise BadInput(f"{cli.option_of(name)}: rank 0 has {gathered[0][name]}, rank {other} has "
                                f"{theirs[name]}; start every rank with the same flags, data and weights")
 
 
@@ -252,6 +252,10 @@ def _synchronised(norm: Any, local_forward: Callable[[Tensor], Tensor], x: Tenso
 
 
 def split_batch(size: int, accumulate: int) -> list[slice]:
-    """`size` rows as `accumulate` slices of nearly equal length. None is empty, so there may be fewer."""
-    cuts = [size * i // accumulate for i in range(accumulate + 1)]
-    return [slice(a, b) for a, b in zip(cuts, cuts[1:]) if a < b]
+    """`size` rows as `accumulate` slices of nearly equal length; as fewer ones where a slice would have a single row.
+
+    BatchNorm needs two.
+    """
+    count = max(1, min(accumulate, size // 2))
+    cuts = [size * i // count for i in range(count + 1)]
+    return [slice(a, b) for a, b in zip(cuts, cuts[1:])]

@@ -11,7 +11,7 @@ from typing import Any, ContextManager, NamedTuple
 import torch
 from torch import nn
 
-from kd import BadInput, cli
+from kd import BadInput, cli, first_error
 from kd.machine import devices
 from kd.machine.cores import cpu_quota, usable_cores
 
@@ -97,7 +97,7 @@ def _refuse_without_compiler(device: torch.device) -> None:
     try:
         torch.compile(torch.neg)(number)
     except Exception as error:
-        raise BadInput(f"--compile on: torch.compile does not work here ({_first_error(error)}); mend that, or use "
+        raise BadInput(f"--compile on: torch.compile does not work here ({first_error(error)}); mend that, or use "
                        f"--compile off") from error
 
 
@@ -125,17 +125,11 @@ def compiled(model: nn.Module, rows: int, parts: int = 1) -> nn.Module:
                 inductor: Callable[..., Any] = torch._dynamo.lookup_backend("inductor")
                 return inductor(graph, inputs, config_patches=graphs)
             except Exception as error:
-                print(f"goes on uncompiled: torch.compile fails on this model ({_first_error(error)})")
+                print(f"goes on uncompiled: torch.compile fails on this model ({first_error(error)})")
                 failed = True
         return graph.forward                # the same operations, as they are
 
     return torch.compile(model, backend=inductor_or_nothing, dynamic=False)     # type: ignore[return-value]
-
-
-def _first_error(error: Exception) -> str:
-    """The line of a compiler's message that says what is wrong, at most 200 characters of it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return ([line for line in lines if "error: " in line] or lines or [repr(error)])[0][:200]
 
 
 def limit_threads() -> None:

@@ -2,7 +2,8 @@
 
     python -m kd evaluate runs/demo/student [--dataset leaves] [--split test|validation|train] [--json]
 
-Decoder, cache, precision and batches are those of train.py. On the same machine the scores are equal to the bit.
+Decoder, cache, precision and batches are those of train.py. On the same machine the scores of student and control are
+those of the run to the bit, and those of the teacher nearly so: the run folds its BatchNorm into the convolutions.
 Another data set needs no more than the split that is asked for, and may lack some of the model's classes.
 """
 
@@ -21,8 +22,7 @@ from kd.data.frames import Split, decode_splits
 from kd.data.samples import Dataset, Reading, first_names
 from kd.data.sources import hub_id, open_splits
 from kd.data.splits import split_digest
-from kd.machine import console
-from kd.machine import runtime as machine
+from kd.machine import console, runtime
 from kd.predict import predict
 from kd.scores import scores
 from kd.tools import arguments
@@ -134,12 +134,12 @@ def main(argv: list[str]) -> dict[str, Any]:
     arguments.add_device_flags(parser)
     args = parser.parse_args(argv)
 
-    runtime = machine.start(args.device, args.amp, "off")
+    machine = runtime.start(args.device, args.amp, "off")
     opened = open_model_and_data(args, [args.split])
     split = opened.splits[args.split]
     # the memory format is that of train.py, because another one rounds differently
-    model = opened.model.to(runtime.device).to(memory_format=torch.channels_last)
-    logits = predict(model, split.frames, opened.prep, opened.size, runtime, args.split)
+    model = opened.model.to(machine.device).to(memory_format=torch.channels_last)
+    logits = predict(model, split.frames, opened.prep, opened.size, machine, args.split)
 
     result = {"model": args.model, "dataset": opened.dataset, "split": args.split,
               "split_of_run": opened.split_of_run, **scores(logits, split.labels)}

@@ -21,8 +21,7 @@ import torch
 from kd import BadInput, models
 from kd.data.decoding import encoded_frame
 from kd.data.samples import printable, visible
-from kd.machine import console
-from kd.machine import runtime as machine
+from kd.machine import console, runtime
 from kd.predict import BATCH, predict_batch
 from kd.scores import softmax
 from kd.tools import arguments
@@ -118,10 +117,10 @@ def main(argv: list[str]) -> list[dict[str, Any]]:
     if args.top < 1:
         raise BadInput(f"--top {args.top}: must be at least 1")
 
-    runtime = machine.start(args.device, args.amp, "off")
+    machine = runtime.start(args.device, args.amp, "off")
     model, prep, size, classes = models.open_saved(args.model)
     # the memory format is that of train.py, because another one rounds differently
-    model = model.to(runtime.device).to(memory_format=torch.channels_last)
+    model = model.to(machine.device).to(memory_format=torch.channels_last)
 
     faults: list[str] = []
     files = find_files(args.images, faults)
@@ -129,7 +128,7 @@ def main(argv: list[str]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     with console.progress(len(files), "predicting") as bar:
         for pictures, frames in read_batches(files, size, prep, faults):
-            logits = predict_batch(model, frames, prep, size, runtime).cpu().numpy()
+            logits = predict_batch(model, frames, prep, size, machine).cpu().numpy()
             for path, probabilities in zip(pictures, softmax(logits), strict=True):
                 best = np.argsort(-probabilities, kind="stable")[:args.top]
                 row = {"file": printable(str(path)),

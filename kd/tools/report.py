@@ -24,7 +24,7 @@ COLOURS = {"teacher": "#a8650a", "control": "#8b867d", "student": "#0d6f8a"}  # 
 
 # Settings that do not affect the result. A recipe is only a name for the others.
 NOT_DECIDING = {"seed", "recipe", "out", "resume", "overwrite", "cache_dir", "save_minutes", "push_to_hub", "push",
-                "private", "quiet", "control"}
+                "private", "quiet", "control", "allow_weak_teacher", "follow_links"}
 
 
 # ---- what a run left ------------------------------------------------------------------------------
@@ -65,8 +65,11 @@ class ByImage(NamedTuple):
 
 
 def read_by_image(run: Path, result: dict[str, Any]) -> ByImage | None:
-    """What predictions.npz says of each test image; None where there is no such file. `gains` need a control."""
-    file = run / predictions.FILE
+    """What predictions.npz says of each test image; None where there is no such file. `gains` need a control.
+
+    run: as for `read_result`.
+    """
+    file = (run if run.is_dir() else run.parent) / predictions.FILE
     if not file.exists():
         return None
     content = read_predictions(file)
@@ -181,7 +184,10 @@ def mean_and_sd(values: list[float]) -> dict[str, Any]:
 
 
 def deciding(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings that affect the result, except the seed. The runs of a group have them in common."""
+    """The settings that affect the result, except the seed. The runs of a group have them in common.
+
+    A run of a version that has other settings is in another group.
+    """
     return {setting: value for setting, value in config.items() if setting not in NOT_DECIDING}
 
 

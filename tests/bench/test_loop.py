@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+import train
 from kd import BadInput, bench
-
+from kd.data.samples import Reading
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,6 +30,19 @@ def test_the_parts_are_the_whole(flags, capsys):
     assert abs(result["sum_over_wall"] - 1) < 0.03
     assert result["images_per_second"]["p20"] <= result["images_per_second"]["p80"]
     assert result["startup_seconds"] > 0 and result["peak_memory_mb"] > 50
+
+
+def test_the_data_are_read_as_in_the_run(flags, monkeypatch):
+    class Opened(Exception):
+        pass
+
+    def open_dataset(*arguments):
+        raise Opened(*arguments)
+
+    monkeypatch.setattr(train, "open_dataset", open_dataset)
+    with pytest.raises(Opened) as asked:
+        bench.main([*flags, "--config", "large", "--image", "photo", "--label", "kind", "--follow-links"])
+    assert asked.value.args[1] == Reading(config="large", image="photo", label="kind", follow_links=True)
 
 
 @pytest.mark.parametrize("method", [["--method", "simkd", "--kd-weight", "1"], ["--kd-weight", "0"]])

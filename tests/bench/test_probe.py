@@ -1,6 +1,7 @@
 """How far the teacher is above a control: the same models and pictures as in the run, for a shorter time."""
 
 import dataclasses
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 import train
 from kd import BadInput
 from kd.bench import probe
+from kd.machine.signals import Stopped
 from tests.helpers import toy
 from tests.helpers.runs import command_line
 
@@ -75,10 +77,22 @@ def test_mistakes_are_refused(tiny, tmp_path, monkeypatch):
     (tmp_path / "others").mkdir()
     with pytest.raises(BadInput, match="^--unlabelled .*others"):
         probe.main(command_line(others))
-    with pytest.raises(BadInput, match="^--minutes 0.0: must be above 0$"):
-        probe.main(["--minutes", "0"])
+    for minutes in ("0.0", "inf", "nan"):
+        with pytest.raises(BadInput, match=f"^--minutes {minutes}: must be above 0, and finite$"):
+            probe.main(["--minutes", minutes])
     with pytest.raises(BadInput, match="^unknown argument --epoch; did you mean --epochs"):
         probe.main(["--epoch", "3"])
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(BadInput, match="^probe: runs in one process; start it without torchrun$"):
         probe.main([])
+
+
+def test_a_stopped_probe_is_one_line_and_the_status_of_the_signal(monkeypatch, capsys):
+    def stopped(*arguments):
+        raise Stopped(signal.SIGTERM)
+
+    monkeypatch.setattr(probe, "short_run", stopped)
+    with pytest.raises(SystemExit) as left:
+        probe.main([])
+    assert left.value.code == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "kd probe: error: stopped; nothing is kept\n"

@@ -102,10 +102,3 @@ def test_the_environment_is_the_same_after_a_build_that_fails(source, monkeypatc
     folders = seen["PATH"].split(os.pathsep)
     assert folders[0] == (path or os.defpath.split(os.pathsep)[0]) and os.path.dirname(sys.executable) in folders[1:]
     assert seen["CXX"] == "g++"
-
-
-def test_the_message_is_the_line_of_the_output_that_names_the_error():
-    error = RuntimeError("Error building extension\n[1/2] c++ -c x.cpp\nx.cpp:3:7: error: expected ';'\nninja: stopped")
-    assert build.first_error(error) == "x.cpp:3:7: error: expected ';'"
-    assert build.first_error(OSError(28, "No space left on device")) == "[Errno 28] No space left on device"
-    assert build.first_error(ValueError()) == "ValueError()"

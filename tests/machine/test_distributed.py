@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 import train
@@ -166,11 +168,13 @@ def test_the_shares_of_three_ranks_are_put_back_in_order_also_where_one_has_none
         assert np.array_equal(distributed.gather(mine, count), rows)
 
 
-@pytest.mark.parametrize("size, accumulate", [(8, 1), (8, 3), (10, 4), (2, 5)])
-def test_parts_cover_the_batch_once(size, accumulate):
+@given(st.integers(1, 200), st.integers(1, 50))
+def test_parts_cover_the_batch_once_with_two_rows_at_least(size, accumulate):
     parts = distributed.split_batch(size, accumulate)
     assert [i for part in parts for i in range(size)[part]] == list(range(size))
-    assert len(parts) == min(size, accumulate) and max(p.stop - p.start for p in parts) <= -(-size // accumulate)
+    lengths = [part.stop - part.start for part in parts]
+    assert len(parts) == max(1, min(size // 2, accumulate)) and max(lengths) - min(lengths) <= 1
+    assert min(lengths) >= min(2, size)
 
 
 def test_gradients_are_averaged_once_a_step(monkeypatch):

@@ -57,6 +57,11 @@ def test_runs_that_differ_in_the_seed_are_a_group_with_mean_and_deviation(tmp_pa
     assert differ.split() == ["kd_weight", "0.5", "0.9"]
 
 
+def test_settings_that_decide_nothing_make_no_other_group(tmp_path):
+    runs = write_runs(tmp_path, a=result(0, 7, 5, allow_weak_teacher=False), b=result(1, 8, 7, allow_weak_teacher=True))
+    assert [group["seeds"] for group in report.main([*runs, "--json"])["groups"]] == [[0, 1]]
+
+
 def save_predictions(run: str, right: dict[str, list[int]], names: str = "abcdefghij", folder: str = "photos/test/b",
                      label: int = 1) -> Predictions:
     """A predictions.npz of two classes and ten samples, all of one class, in which these samples are right."""
@@ -78,6 +83,8 @@ def test_the_gain_has_an_interval_over_runs_and_images(tmp_path, capsys):
     first = report.read_by_image(Path(runs[0]), result(0, 6, 5))
     assert first is not None and first.gains is not None and first.gains.tolist() == [0, 0, 0, 0, 1, 1, 0, 0, 0, -1]
     assert first.images == [(f"{name}.jpg", "b") for name in "abcdefghij"]
+    by_file = report.read_by_image(Path(runs[0]) / "result.json", result(0, 6, 5))      # as the help allows
+    assert by_file is not None and by_file.images == first.images
     gain = report.main(runs)["groups"][0]["gain"]
     low, high = gain["interval"]
     assert np.isclose(gain["mean"], 0.15) and low < 0 < gain["mean"] < high
