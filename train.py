@@ -87,7 +87,7 @@ class Config:
     method: str = flag("kd", "what the student learns from its teacher (kd/methods.py has the formulas)",
                        ("kd", "hard", "dkd", "dist", "nkd", "pkt", "rkd", "simkd"))
     standardise: bool = flag(False, "standardise each row of logits before the method compares them")
-    label_smoothing: float = flag(0.0, "share of each label that all classes get alike", low=0, high=1)
+    label_smoothing: float = flag(0.0, "share of a label that goes to all classes; not the teacher's", low=0, high=1)
     select: str = flag("best", "keep the weights of the best epoch by validation, or of the last one",
                        ("best", "last"))
 
@@ -178,7 +178,7 @@ from kd.machine import console, distributed, files, hub, runtime, signals
 from kd.machine.health import Guard
 from kd.machine.runtime import Runtime
 from kd.predict import predict
-from kd.run import Position, Run, Saved, default_folder, refuse_inside
+from kd.run import Position, Run, Saved, default_folder, refuse_inside, unlocked
 from kd.scores import compare_paired, refuse_weak, scores, test_row
 from kd.teacher import StoreOptions, Teacher
 from kd.tools import card
@@ -263,7 +263,7 @@ def fit(job: Job, cfg: Config, run: Run) -> None:
     model, train, validation, machine = job.model, job.data.train, job.data.validation, job.machine
 
     # ---- what the loop needs ---------------------------------------------------------------------
-    loss_fn, _ = choose_loss(job.data, job.views, job.kd_weight, cfg, machine)
+    loss_fn, _ = choose_loss(job.data, job.views, job.kd_weight, cfg, machine, job.role)
     optimizer = torch.optim.AdamW(model.parameters(), lr=job.lr, weight_decay=cfg.weight_decay,
                                   fused=True)
     for group in optimizer.param_groups:
@@ -285,7 +285,7 @@ def fit(job: Job, cfg: Config, run: Run) -> None:
     total_steps = job.epochs * steps_per_epoch
     if runtime.compile_pays(machine, total_steps):
         print(f"{job.role}: compiled, for {total_steps:,} steps")
-        # or as it is, where that fails
+        # Where the compiler fails, at the first batch, the plain operations run.
         forward = runtime.compiled(forward, cfg.batch_size, cfg.accumulate)
 
     for epoch in range(position.epoch, job.epochs):
@@ -301,13 +301,14 @@ def fit(job: Job, cfg: Config, run: Run) -> None:
         with contextlib.closing(batches), bar:                # ends the thread that makes them ahead
             for batch in batches:
                 step = epoch * steps_per_epoch + position.step
-                torch.manual_seed(cfg.seed * 1_000_003 + step)      # for dropout, if there is any
+                # For dropout, if there is any: other numbers in every step and in every rank.
+                torch.manual_seed((cfg.seed * 1_000_003 + step) * cli.ranks() + cli.rank())
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step, total_steps, group["initial_lr"], cfg.schedule,
                                                 cfg.warmup)
 
-                # Of the view that the student sees. Read from disk where this (view, sample) was met
-                # before, else computed and kept.
+                # The teacher's outputs for the view that the student sees: read from disk where this
+                # (view, sample) was met before, else computed and kept.
                 teacher_outputs = job.teacher.outputs(batch) if job.teacher else None
 
                 # ---- a single training step ----
@@ -351,7 +352,8 @@ def epoch_entry(job: Job, position: Position, result: dict[str, Any], lr: float,
                 skipped: int) -> dict[str, Any]:
     """One line of metrics.jsonl.
 
-    result: scores on validation; lr: of the last step; skipped: steps that overflowed fp16.
+    result: scores on validation; lr: of the last step; skipped: steps that overflowed fp16, since this process
+    began with the role.
     Collective: under torchrun every rank must call it.
     """
     samples, seconds = len(job.data.train), position.clock.seconds
@@ -367,6 +369,7 @@ def epoch_entry(job: Job, position: Position, result: dict[str, Any], lr: float,
 
 
 @signals.handlers_restored()                                  # a notebook goes on after main
+@unlocked()
 @hub.online_again()
 def main(cfg: Config, control_only: bool = False) -> dict[str, Any]:
     """The whole run. Returns what result.json holds. Raises BadInput, TrainingFault or Stopped.
@@ -382,7 +385,7 @@ def main(cfg: Config, control_only: bool = False) -> dict[str, Any]:
     run = Run(folder_of(cfg), dataclasses.asdict(cfg), FREE_ON_RESUME, cfg.save_minutes, cfg.resume,
               cfg.overwrite, defaults=dataclasses.asdict(Config()))
     run.stop.install()                                        # Ctrl-C: finish the step, save, leave
-    if run.finished:                                          # its result, once all is written
+    if run.finished:                                          # the result of a run with nothing left to do
         print(f"{run.out} is finished: nothing to do")
         push(run, cfg)
         return run.finished
@@ -391,7 +394,7 @@ def main(cfg: Config, control_only: bool = False) -> dict[str, Any]:
     dataset = open_dataset(cfg.dataset, reading_of(cfg))
     if cfg.unlabelled:
         dataset = with_unlabelled(dataset, cfg.unlabelled, cfg.follow_links)
-    student = build("student", dataset.classes, cfg, machine)     # step 4 trains another one
+    student = build("student", dataset.classes, cfg, machine)     # only looked at: section 4 builds anew
     prep = models.preprocessing(student)
     teacher_model = build("teacher", dataset.classes, cfg, machine)
     teacher_prep = models.preprocessing(teacher_model)._replace(crop_pct=prep.crop_pct)
@@ -403,15 +406,13 @@ def main(cfg: Config, control_only: bool = False) -> dict[str, Any]:
         data_for_teacher = decode_for(teacher_prep, teacher_size, dataset, cfg, run)
     # Teacher and control learn from the labelled pictures, the student from all of them.
     usable = few_labels.usable_rows(data)                     # of --unlabelled
-    by_role = few_labels.by_role(data, cfg.labels, cfg.seed, usable)
-    by_role_for_teacher = by_role                             # the same pictures, as the teacher sees them
-    if data_for_teacher is not data:
-        by_role_for_teacher = few_labels.by_role(data_for_teacher, cfg.labels, cfg.seed, usable)
+    by_role, by_role_for_teacher = (few_labels.by_role(each, cfg.labels, cfg.seed, usable)
+                                    for each in (data, data_for_teacher))
     # These must be the same in every rank, and the same as before a resume.
-    # Random weights of the student come from the seed, and another processor may round them differently.
-    start = "none" if cfg.student_weights == "none" else models.digest(student)
-    run.must_match(dataset=data.digest(), teacher_weights=models.digest(teacher_model),
-                   student_weights=start, amp=str(machine.amp))
+    # Random weights come from the seed, and another processor may round them differently.
+    starts = {f"{role}_weights": "none" if getattr(cfg, f"{role}_weights") == "none" else models.digest(model)
+              for role, model in (("teacher", teacher_model), ("student", student))}
+    run.must_match(dataset=data.digest(), **starts, amp=str(machine.amp))
     run.write_config(data=record(dataset))                    # from here on, the folder is a run
     views = Views(cfg.seed, cfg.size, AUGMENTATIONS[cfg.augment], cfg.views)
     loss_name = choose_loss(data, views, cfg.kd_weight, cfg, machine)[1]
@@ -453,7 +454,7 @@ def main(cfg: Config, control_only: bool = False) -> dict[str, Any]:
         model = build("student", data.classes, cfg, machine)
         if role == "student" and cfg.kd_weight:
             if cfg.method == "simkd":
-                features.reuse_head(model, teacher_model)
+                features.reuse_head(model, teacher_model)     # the exception: its head is not the control's
             job = Job(role, model, prep, by_role.student, views, precision_for(model, cfg, machine),
                       cfg.epochs, cfg.lr, cfg.kd_weight, teacher)
         else:
@@ -543,12 +544,17 @@ def precision_for(model: nn.Module, cfg: Config, machine: Runtime) -> Runtime:
     return machine._replace(amp=None) if slow else machine
 
 
-def choose_loss(data: Data, views: Views, kd_weight: float, cfg: Config,
-                machine: Runtime) -> tuple[LossFunction, str]:
-    """loss_fn(student_outputs, teacher_outputs, labels), with T and λ bound, and its name."""
+def choose_loss(data: Data, views: Views, kd_weight: float, cfg: Config, machine: Runtime,
+                role: str = "student") -> tuple[LossFunction, str]:
+    """loss_fn(student_outputs, teacher_outputs, labels), with T and λ bound, and its name.
+
+    A teacher learns from the labels as they are: it distils worse where they were smoothed (Müller,
+    Kornblith and Hinton 2019, arXiv:1906.02629).
+    """
+    smoothing = 0.0 if role == "teacher" else cfg.label_smoothing
     return losses.choose(cfg.loss, machine.device, cfg.temperature, kd_weight, len(data.classes),
                          soft_labels=views.augmentation.mixup > 0, kernels=machine.kernels,
-                         label_smoothing=cfg.label_smoothing, method=cfg.method,
+                         label_smoothing=smoothing, method=cfg.method,
                          standardised=cfg.standardise)
 
 

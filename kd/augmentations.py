@@ -14,7 +14,7 @@ class Augmentation(NamedTuple):
     crop: float = 0.0     # smallest area of the random resized crop, as a share of the frame; 0: the centre crop
     flip_x: float = 0.0   # probability of a left-right flip
     flip_y: float = 0.0   # probability of an up-down flip
-    colour: float = 0.0   # brightness, contrast and saturation each move by a factor in [1 - colour, 1 + colour]
+    colour: float = 0.0   # with a crop only: brightness, contrast and saturation, each times 1 - colour to 1 + colour
     mixup: float = 0.0    # the share of a second picture is uniform in [0, mixup / 2]; 0: no second picture
 
 

@@ -102,9 +102,9 @@ def keep_labels(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 
 def rounds(labelled: np.ndarray, length: int, seed: int) -> np.ndarray:
-    """(length,) int64: the labelled pictures, as often round as that takes. In the last round some are left out.
+    """(length,) int64: the labelled pictures, shuffled once and then repeated. The last round may be cut short.
 
-    `seed` decides which. The first ones would not do: in a data set that is sorted by class, they are of the first
+    `seed` decides the order. The first ones would not do: in a data set that is sorted by class, they are of the first
     classes only.
     """
     return np.resize(np.random.default_rng(seed).permutation(labelled), length)

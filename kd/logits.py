@@ -10,9 +10,9 @@ only if its checksum matches. A row that was never written, that a crash tore, o
 damaged counts as absent and is computed again. So there are no locks and no order of writes, and
 two runs may fill the same store.
 
-A row is the sample's C logits. With `topk` = k, it is the k largest logits, their classes, and a
-fill value for the other C − k classes. The fill value keeps their total probability at temperature
-T and spreads it evenly over them.
+A row is the sample's C logits, and for some methods the teacher's features behind them. With `topk` = k,
+it is the k largest logits, their classes, and a fill value for the other C − k classes. The fill value
+keeps their total probability at temperature T and spreads it evenly over them.
 """
 
 import hashlib
@@ -65,7 +65,7 @@ class LogitStore:
 
         key           everything that determines the logits; another key is another store
         samples       N, the size of the split
-        classes       C
+        classes       C, or with features behind the logits their number as well
         topk          how many of the C logits are stored; 0, or C and more: all of them
         temperature   T, at which the others keep their total probability
 

@@ -330,7 +330,10 @@ def save(model: nn.Module, folder: Path, classes: tuple[str, ...], prep: Preproc
 
 
 def load_saved(folder: Path, model: nn.Module) -> nn.Module:
-    """Load the weights of a folder written by `save` into `model`, which has the same architecture."""
+    """Load the weights of a folder written by `save` into `model`, which has the same architecture.
+
+    Raises OSError or SafetensorError where they cannot be read.
+    """
     model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
     return model
 
@@ -344,10 +347,9 @@ def open_saved(folder: str) -> tuple[nn.Module, Preprocessing, int, tuple[str, .
         raise BadInput(f"{folder}: a run, not one of its models; give {Path(folder) / 'student'}")
     try:
         config = json.loads((Path(folder) / "config.json").read_text("utf-8"))
-        declared = config["pretrained_cfg"]
-        prep = Preprocessing(tuple(declared["mean"]), tuple(declared["std"]), declared["interpolation"],
-                             declared["crop_pct"])
-        classes, size = tuple(config["label_names"]), declared["input_size"][-1]
+        about = config["pretrained_cfg"]
+        prep = Preprocessing(tuple(about["mean"]), tuple(about["std"]), about["interpolation"], about["crop_pct"])
+        classes, size = tuple(config["label_names"]), about["input_size"][-1]
     except OSError as error:
         raise BadInput(f"{folder}: no saved model (config.json: {error.strerror}); give a folder that train.py saved, "
                        f"such as runs/demo/student") from error

@@ -4,19 +4,23 @@ Run may know disks, signals and ranks; never a loss, a batch or a forward pass. 
 that this project exists to avoid. What there is to learn stands in train.py.
 """
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Mapping, NamedTuple, Protocol
+from typing import Any, Iterator, Mapping, NamedTuple, Protocol
 
+import safetensors
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
-from kd import BadInput, cli, models
+from kd import BadInput, cli, models, one_line
 from kd.features import merge_head
 from kd.machine import checkpoint, devices, distributed, runtime
 from kd.machine.files import write_atomic
@@ -29,8 +33,10 @@ from kd.machine.signals import Stop, Stopped
 # checkpoint looks for them.
 RUN_FILES = ("result.json", "last.ckpt.previous", "last.ckpt", "metrics.jsonl", "predictions.npz", "report.html")
 RUN_FOLDERS = ("student", "teacher", "control", "tensorboard")
-# In this folder --overwrite has removed nothing yet. Ranks that torchrun restarts must not resume the run in it.
-NOT_REPLACED = ".overwrite.tmp"
+# In this folder torchrun has not begun a run yet. Ranks that it restarts must not resume the run that lies there.
+NOT_BEGUN = ".not-begun.tmp"
+LOCK = ".lock"      # held by the process that trains in this folder
+_locked = threading.local()
 
 
 class Flushable(Protocol):
@@ -156,7 +162,7 @@ class Run:
             if self._replaces:
                 remove_run(self.out)
             write_atomic(self.out / "config.json", json.dumps({**self.settings, **facts}, indent=2).encode())
-            (self.out / NOT_REPLACED).unlink(missing_ok=True)
+            (self.out / NOT_BEGUN).unlink(missing_ok=True)
 
         distributed.broadcast_from_rank0(write)
 
@@ -261,9 +267,15 @@ class Run:
     def load_kept(self, role: str, model: nn.Module) -> None:
         """Put the kept weights of a role, which are on rank 0's disk, into every rank's `model`."""
         merge_head(model)                   # as in the folder
-        if distributed.rank() == 0:
-            models.load_saved(self.out / role, model)
+        distributed.broadcast_from_rank0(lambda: self._load_saved(role, model))
         distributed.broadcast_weights(model)
+
+    def _load_saved(self, role: str, model: nn.Module) -> None:
+        try:
+            models.load_saved(self.out / role, model)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise BadInput(f"{self.out / role}: its weights cannot be read ({one_line(error)}); put them "
+                           "back, or start again with --overwrite") from error
 
     def write_result(self, result: dict[str, Any]) -> dict[str, Any]:
         """Write result.json, unless the run had ended but for its page; returns what it holds."""
@@ -313,35 +325,74 @@ def open_folder(out: Path, settings: Mapping[str, Any], free: set[str], resume: 
                 restarted: bool = False, defaults: Mapping[str, Any] = {}) -> Opened:
     """Make the folder of a run, if need be, and read the run in it under `resume`. Nothing of a run is removed.
 
-    restarted: torchrun has started the ranks again, so that the run that they began goes on.
+    restarted: torchrun has started the ranks again, so that the run that they began goes on. The folder stays locked
+    until `unlocked` ends, so that no other process trains there.
 
     What makes a folder a run is its config.json. Raises BadInput where the folder holds another run and neither
-    `resume` nor `overwrite` is given, where it holds something else, and where a resumed run has another setting than
-    before (those in `free` aside).
+    `resume` nor `overwrite` is given, where it holds something else, where another process trains in it, and where a
+    resumed run has another setting than before (those in `free` aside).
     """
     record = out / "config.json"
     try:
-        resume = resume or restarted and not (overwrite and (out / NOT_REPLACED).exists())
-        holds_run = out.exists() and any(path for path in out.iterdir() if not path.match(".config.json.*.tmp"))
+        resume = resume or restarted and not (out / NOT_BEGUN).exists()
+        holds_run = out.exists() and any(path for path in out.iterdir()
+                                         if path.name != LOCK and not path.match(".config.json.*.tmp"))
         if holds_run and not is_run(out):
             raise BadInput(f"--out {out}: holds files that are not a run; give another folder")
         if holds_run and not (resume or overwrite):
+            mark_not_begun(out)
             raise BadInput(f"--out {out}: holds another run; go on with --resume, replace it with --overwrite, or give "
                            f"another folder")
 
         out.mkdir(parents=True, exist_ok=True)
+        lock(out)
         sweep(out)
         if holds_run and resume:
             _check_settings({**defaults, **json.loads(record.read_text("utf-8"))}, settings, free)
             saved = checkpoint.load(out / "last.ckpt")
             return Opened(saved, read_finished(out, saved), replaces=False)
-        if holds_run and torch.distributed.is_torchelastic_launched():
-            (out / NOT_REPLACED).touch()
+        if holds_run:
+            mark_not_begun(out)     # after `sweep`, which removes the mark of an earlier start
         return Opened(None, None, replaces=holds_run)
     except OSError as error:
         raise BadInput(f"--out {out}: {error.strerror}; give a folder that can be written") from error
     except ValueError as error:
         raise BadInput(f"{record}: not readable ({error}); replace the run with --overwrite") from error
+
+
+def mark_not_begun(out: Path) -> None:
+    """Tell ranks that torchrun restarts that the run in this folder is not theirs."""
+    if torch.distributed.is_torchelastic_launched():
+        (out / NOT_BEGUN).touch()
+
+
+def lock(out: Path) -> None:
+    """Lock a folder, unless this thread has done so already. Raises BadInput where another process has."""
+    held = _locked.__dict__.setdefault("by_folder", {})
+    place = out.resolve()
+    if place in held:
+        return
+    try:
+        held[place] = FileLock(out / LOCK)
+        held[place].acquire(timeout=0)
+    except Timeout:
+        del held[place]
+        raise BadInput(f"--out {out}: another process is training there; wait for it, stop it, or give another folder"
+                       ) from None
+    except (OSError, NotImplementedError):      # a disk without locks, or one that is read only
+        del held[place]
+
+
+@contextlib.contextmanager
+def unlocked() -> Iterator[None]:
+    """Unlock the folders of this thread's runs at the end. Also a decorator."""
+    try:
+        yield
+    finally:
+        for folder, held in _locked.__dict__.pop("by_folder", {}).items():
+            with contextlib.suppress(OSError):      # Windows removes no open file
+                (folder / LOCK).unlink()
+            held.release()
 
 
 def is_run(out: Path) -> bool:

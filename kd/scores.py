@@ -103,7 +103,7 @@ def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = B
 
 
 def test_row(name: str, params: int, test_scores: dict[str, Any], validation_accuracy: float) -> dict[str, Any]:
-    """One model in result.json: its test scores, and the validation accuracy by which its weights were chosen."""
+    """One model in result.json: its test scores, and the validation accuracy of the same weights."""
     row: dict[str, Any] = {"model": name, "params": params, "validation_accuracy": validation_accuracy}
     for key, value in test_scores.items():
         row[f"test_{key}" if key in ("accuracy", "macro_f1", "correct", "total") else key] = value
@@ -201,7 +201,7 @@ def gain_lines(rows: dict[str, dict[str, Any]], paired: dict[str, Any]) -> list[
     elif student > teacher:
         meaning = "the student is better than its teacher"
     else:
-        meaning = "this teacher can hardly give more"
+        meaning = "the gain can hardly be larger"
     return [gain, f"headroom (teacher − control): {format_points(headroom)} points: {meaning}"]
 
 

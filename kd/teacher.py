@@ -5,6 +5,8 @@ most of the arithmetic of a step. Views are functions of a key (`kd/views.py`), 
 methods (`kd/methods.py`) also compare the pooled features. These are then kept behind the logits, in the same row.
 """
 
+import hashlib
+import inspect
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
@@ -13,9 +15,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from kd import models
+from kd import features, models
 from kd.batches import Batch
 from kd.data.frames import Data, Split
+from kd.fast import folding
 from kd.fast.folding import for_inference
 from kd.features import logits_and_features, width
 from kd.logits import LogitStore
@@ -24,6 +27,12 @@ from kd.machine.devices import to_device
 from kd.machine.runtime import Runtime
 from kd.predict import predict
 from kd.views import CODE, Augmentation, Views, load_views
+
+
+# Answers are valid only for the code that made them. That of the views is in `kd/views.py`.
+ANSWERS = hashlib.sha256(b"".join([
+    *(Path(str(module.__file__)).read_bytes() for module in (features, folding)),
+    inspect.getsource(models.normalize).encode()])).hexdigest()
 
 
 class StoreOptions(NamedTuple):
@@ -59,9 +68,10 @@ class Teacher:
             return to_device(stored, self.runtime.device)
 
         pixels = batch.pixels
-        if batch.split is not self.data.train:
+        size, frames = self.views.size, self.data.train.frames
+        if pixels.shape[-1] != size or batch.split.frames.digest != frames.digest:
             # The teacher takes another size or interpolation: the same view, from frames resized its way.
-            pixels = load_views(self.data.train.frames, batch.samples, batch.view, self.views, self.runtime.device)
+            pixels = load_views(frames, batch.samples, batch.view, self.views, self.runtime.device)
         # Both see the same view, each normalised with the mean and std of its own weights.
         with self.runtime.autocast():
             x = models.normalize(pixels, self.prep)
@@ -84,10 +94,13 @@ class Teacher:
         return stored.numpy()
 
     def _open_store(self, split: Split, augmentation: Augmentation | None) -> LogitStore:
-        """The logits of one split's views; None: of its centre crops. Found by all that decides their values."""
+        """The logits of one split's views; None: of its centre crops. Found by teacher, pictures, view and code.
+
+        The last bits also depend on the processor, and on which pictures shared a batch.
+        """
         key: dict[str, Any] = dict(
             teacher=self.weights, name=self.name, form=self.form, prep=self.prep,
-            size=self.views.size, frames=split.frames.digest, amp=str(self.runtime.amp),
+            size=self.views.size, frames=split.frames.digest, answers=ANSWERS, amp=str(self.runtime.amp),
             device=self.runtime.device.type, torch=torch.__version__, timm=timm.__version__)
         if augmentation is None:
             return LogitStore(self.options.folder / "logits", key, len(split), len(self.data.classes))

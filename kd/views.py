@@ -78,6 +78,7 @@ def make_views(frames: Tensor, samples: np.ndarray, view: int, views: Views) -> 
     """
     random = uniforms(views.seed, samples, view)
     if views.augmentation.crop == 0:
+        assert not views.augmentation.colour, "colour needs a crop: _centre_crops does not change it"
         pixels = _centre_crops(frames, random, views.size, views.augmentation)
     else:
         pixels = _random_crops(frames, random, views.size, views.augmentation)

@@ -5,11 +5,15 @@ import hashlib
 import itertools
 import json
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -19,7 +23,19 @@ from kd.machine.health import Guard
 from kd.machine.signals import Stopped
 from kd.run import Clock, Run
 
+ROOT = Path(__file__).resolve().parents[1]
 STATE = {"model": {"weight": torch.arange(300.0)}, "history": [{"role": "x"}]}
+
+
+@pytest.fixture(autouse=True)
+def unlocked():
+    with run.unlocked():
+        yield
+
+
+def names(folder: Path) -> list[str]:
+    """What lies in a folder beside its lock."""
+    return sorted(path.name for path in folder.iterdir() if path.name != run.LOCK)
 
 
 def open_folder(out: Path, config: dict, resume: bool = False, overwrite: bool = False) -> run.Opened:
@@ -53,7 +69,7 @@ def test_what_is_not_a_run_is_not_overwritten(tmp_path, stranger):
 def test_a_kill_inside_the_very_first_write_is_no_obstacle(tmp_path):
     (tmp_path / ".config.json.77.tmp").write_text("{")
     assert run.open_folder(tmp_path, {}, set(), resume=True, overwrite=False) == (None, None, False)
-    assert not list(tmp_path.iterdir())
+    assert names(tmp_path) == []
 
 
 def test_a_saved_folder_is_put_back_where_a_kill_came_between_the_two_renames(tmp_path):
@@ -98,9 +114,9 @@ def test_every_data_set_has_a_default_folder_of_its_own(tmp_path, monkeypatch, d
 # ---- --overwrite -----------------------------------------------------------------------------------------------
 
 def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file in a folder, by its path."""
+    """SHA-256 of every file in a folder but its lock, by its path."""
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in folder.rglob("*") if path.is_file()}
+            for path in folder.rglob("*") if path.is_file() and path.name != run.LOCK}
 
 
 def finished_run(out: Path) -> Path:
@@ -124,7 +140,7 @@ def test_overwrite_removes_the_old_run_where_the_new_one_begins_and_nothing_else
     assert digests(out) == before                   # data and models may still be refused
     assert opened.finished is None and opened.history == [] and not opened.done("student")
     opened.write_config(data={"classes": ["a", "b"]})
-    assert sorted(path.name for path in out.iterdir()) == ["config.json", "notes.txt"]
+    assert names(out) == ["config.json", "notes.txt"]
     assert json.loads((out / "config.json").read_text()) == {"lr": 2.0, "data": {"classes": ["a", "b"]}}
     assert opened.write_result({"new": True}) == {"new": True}
     opened.write_config()                           # a second call finds nothing of an old run
@@ -196,14 +212,66 @@ def test_ranks_that_are_restarted_resume_the_new_run_never_the_old_one(tmp_path,
     again = Run(out, {"lr": 1.0}, set(), overwrite=True)
     assert again.finished is None and again.history == []
     again.write_config()
-    assert sorted(path.name for path in out.iterdir()) == ["config.json", "notes.txt"]
+    assert names(out) == ["config.json", "notes.txt"]
     checkpoint.save(out / "last.ckpt", {"history": [{"role": "teacher"}]})
     assert Run(out, {"lr": 1.0}, set(), overwrite=True).history == [{"role": "teacher"}]
 
     monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")        # and what a start under torchrun leaves ends there
     Run(out, {"lr": 1.0}, set(), overwrite=True)
     assert Run(out, {"lr": 1.0}, set(), resume=True).history == [{"role": "teacher"}]
+    assert names(out) == ["config.json", "last.ckpt", "notes.txt"]
+
+
+def test_a_start_that_was_refused_is_not_resumed_by_a_restart(tmp_path, monkeypatch):
+    out = finished_run(tmp_path / "run")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    for restart in ("0", "1", "2"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restart)
+        with pytest.raises(BadInput, match="holds another run"):
+            Run(out, {"lr": 1.0}, set())
+    assert Run(out, {"lr": 1.0}, set(), resume=True).finished == {}
+
+
+TRAINING = """import sys
+from pathlib import Path
+from kd.run import Run
+Run(Path(sys.argv[1]), {"lr": 1.0}, set(), resume=True)
+print("trains", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, None])
+def test_two_processes_never_train_in_one_folder(tmp_path, end):
+    with run.unlocked():
+        out = finished_run(tmp_path / "run")
+    with subprocess.Popen([sys.executable, "-c", TRAINING, str(out)], cwd=ROOT, text=True, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as other:
+        assert other.stdout and other.stdout.readline() == "trains\n"
+        (out / ".last.ckpt.7.tmp").write_bytes(b"half")
+        with pytest.raises(BadInput, match="^--out .*: another process is training there; wait for it"):
+            Run(out, {"lr": 1.0}, set(), resume=True)
+        assert (out / ".last.ckpt.7.tmp").exists()      # what the other one is writing
+        if end:
+            other.send_signal(end)
+    with run.unlocked():
+        Run(out, {"lr": 1.0}, set(), resume=True)
+        Run(out, {"lr": 1.0}, set(), resume=True)       # the process itself may open it again
     assert not list(out.glob(".*"))
+
+
+def test_a_disk_without_locks_is_no_obstacle(tmp_path, monkeypatch):
+    def acquire(lock, timeout):
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr(run.FileLock, "acquire", acquire)
+    assert Run(tmp_path / "run", {"lr": 1.0}, set()).finished is None
+
+
+def test_weights_that_are_gone_are_named(tmp_path):
+    opened = Run(finished_run(tmp_path / "run"), {"lr": 1.0}, set(), resume=True)
+    with pytest.raises(BadInput, match="teacher: its weights cannot be read .*; put them back, or start again with"):
+        opened.load_kept("teacher", timm.create_model("test_efficientnet"))
 
 
 def test_an_old_run_that_cannot_be_removed_is_named(tmp_path, monkeypatch):

@@ -181,10 +181,10 @@ def paired(only_student: int, only_control: int, total: int = 128) -> dict:
 @pytest.mark.parametrize("result, pair, gain, headroom", [
     (rows(124, 107, 122), paired(18, 3),
      "gain from the teacher (student − control): +11.7 points, +15 images of 128, exact McNemar p = 0.0015",
-     "headroom (teacher − control): +13.3 points: this teacher can hardly give more"),
+     "headroom (teacher − control): +13.3 points: the gain can hardly be larger"),
     (rows(124, 107, 106), paired(3, 4),
      "gain from the teacher (student − control): −0.8 points, −1 image of 128, exact McNemar p = 1: within chance",
-     "headroom (teacher − control): +13.3 points: this teacher can hardly give more"),
+     "headroom (teacher − control): +13.3 points: the gain can hardly be larger"),
     (rows(107, 107, 107), paired(2, 2),
      "gain from the teacher (student − control): +0.0 points, +0 images of 128, exact McNemar p = 1: within chance",
      "headroom (teacher − control): +0.0 points: this teacher is no better than the control"),

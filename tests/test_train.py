@@ -177,6 +177,14 @@ def test_without_a_share_in_the_loss_the_teacher_changes_nothing(tiny):
     assert result["student"] == result["control"] and result["teacher_batches"] == 0
 
 
+def test_label_smoothing_is_of_student_and_control_and_never_of_the_teacher(tiny):
+    config = dataclasses.replace(tiny, control=True, kd_weight=0.5, allow_weak_teacher=True)
+    results = [train.main(dataclasses.replace(config, label_smoothing=smoothing, out=f"{config.out}-{smoothing}"))
+               for smoothing in (0.0, 0.3)]
+    same = {role: results[0][role]["loss"] == results[1][role]["loss"] for role in ("teacher", "control", "student")}
+    assert same == {"teacher": True, "control": False, "student": False}
+
+
 def test_the_teacher_stays_as_it_was_while_it_teaches(tiny, monkeypatch):
     digests: list[str] = []
     watch_teacher(monkeypatch, lambda teacher: digests.append(models.digest(teacher.model)))

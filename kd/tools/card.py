@@ -31,6 +31,8 @@ def render_card(role: str, rows: dict[str, dict[str, Any]], settings: Mapping[st
     """
     model = _model_of(role, settings)
     title, size = _title(settings["dataset"]), settings["size"]
+    if role == "teacher" and settings["teacher_size"]:
+        size = settings["teacher_size"]
     repository = settings["push_to_hub"] or "OWNER/NAME"
     split = "test" if any("test_accuracy" in row for row in rows.values()) else "validation"
     scores = {each: _scores(row, split) for each, row in rows.items()}
@@ -108,6 +110,8 @@ def _model_of(role: str, settings: Mapping[str, Any]) -> str:
 
 def _description(role: str, settings: Mapping[str, Any]) -> str:
     """What the model is, and what it learned from."""
+    if role == "teacher" and not settings["teacher_epochs"]:
+        return "the teacher of a distillation, used as it was loaded"
     if role == "teacher":
         return "the teacher of a distillation: it learned from the labels only"
     if role == "control":
@@ -144,11 +148,13 @@ def _recipe(role: str, settings: Mapping[str, Any], kept_epoch: int) -> str:
         f"- student `{_model_of('student', settings)}`, from {student_start}, {settings['epochs']} epochs at "
         f"{settings['size']} px{teacher_size}, seed {settings['seed']}",
         f"- loss (1 - λ)·CE + λ·{_method(settings)}, λ = {settings['kd_weight']:g}{control}",
-        f"- the weights are those of the {chosen}",
     ]
+    if role != "teacher" or settings["teacher_epochs"]:
+        lines.append(f"- the weights are those of the {chosen}")
     if settings["labels"]:
-        lines.insert(0, f"- {settings['labels']} labels of the training split; teacher and control know only these "
-                        "pictures, and the student learns the others from its teacher")
+        others = ", and the student learns the others from its teacher" if settings["kd_weight"] else ""
+        lines.insert(0, f"- {settings['labels']} labels of the training split; whoever learns from labels knows only "
+                        f"these pictures{others}")
     if settings["unlabelled"]:
         lines.insert(0, f"- more pictures without labels for the student: `{base_name(settings['unlabelled'])}`")
     return "\n".join(lines)

@@ -118,6 +118,18 @@ def test_the_card_says_what_the_student_learned_from(settings, words):
     assert f"{words}\n" in train.model_card(config, "student", ROWS)
 
 
+def test_the_card_of_a_teacher_has_its_own_size_and_training():
+    config = train.Config(size=96, teacher_size=224, teacher_epochs=0, labels=60, kd_weight=0.0)
+    loaded = train.model_card(config, "teacher", ROWS)
+    assert "the teacher of a distillation, used as it was loaded." in loaded and "central 224 × 224 pixels" in loaded
+    assert "epoch by validation" not in loaded and "from its teacher" not in loaded
+    assert "60 labels of the training split; whoever learns from labels knows only these pictures\n" in loaded
+    tuned = train.model_card(dataclasses.replace(config, teacher_epochs=4, kd_weight=1.0), "teacher", ROWS)
+    assert "it learned from the labels only" in tuned and "weights are those of the best epoch" in tuned
+    assert "knows only these pictures, and the student learns the others from its teacher\n" in tuned
+    assert "central 96 × 96 pixels" in train.model_card(config, "student", ROWS)
+
+
 def test_the_card_knows_every_way_to_name_a_teacher():
     for name, base, text in (
             ("timm/resnet50.a1_in1k", "timm/resnet50.a1_in1k", "`timm/resnet50.a1_in1k`, from timm's pretrained"),
