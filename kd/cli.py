@@ -23,7 +23,7 @@ from kd import BadInput, TrainingFault
 
 Recipes = dict[str, dict[str, Any]]     # by name, the settings that differ from the defaults
 
-CACHE_DIR = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "kd")     # empty is unset, says the standard
+CACHE_DIR = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "kd")     # an empty variable counts as unset
 
 
 def rank() -> int:

@@ -305,12 +305,14 @@ def open_pictures(root: Path, follow_links: bool, say: Say) -> Samples:
 
     Raises BadInput for links that lead out of the folder.
     """
-    found = list(picture_files(root, links_of(root, follow_links)))
-    texts = [path for path in found if path.suffix.lower() in TEXTS or path.name.upper() in ("LICENSE", "LICENCE")]
+    files: list[Path] = []
+    texts: list[Path] = []
+    for path in picture_files(root, links_of(root, follow_links)):
+        is_text = path.suffix.lower() in TEXTS or path.name.upper() in ("LICENSE", "LICENCE")
+        (texts if is_text else files).append(path)
     if texts:
         say(f"{printable(root.resolve().name)}: left out: {len(texts):,} files that are no pictures "
             f"({first_names([printable(path.name) for path in texts], 3)})")
-    files = [path for path in found if path not in set(texts)]
     return _samples_from_files(root, "pictures", files, np.full(len(files), -1))
 
 
