@@ -226,6 +226,8 @@ PARTS = [
     ("KD on all − the teacher's hard labels on all", "all", "hard", {"method"}),
     ("self-training by the control − control", "self", "control", {"teacher", "teacher_size"}),
     ("KD on all − self-training by the control", "all", "self", {"teacher", "teacher_size"}),
+    ("a MobileNetV2 from ImageNet as teacher − the control as teacher", "imagenet", "self", {"teacher"}),
+    ("KD on all − a MobileNetV2 from ImageNet as teacher", "all", "imagenet", {"teacher", "teacher_size"}),
 ]
 
 
