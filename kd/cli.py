@@ -81,11 +81,12 @@ class OneLineParser(argparse.ArgumentParser):
     """Raises BadInput where argparse would print its whole usage and leave, and for an empty value."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        takes_value = {option for action in self._actions if action.nargs != 0 for option in action.option_strings}
         for before, word in zip(["", *args], args):
             option, equals, value = word.partition("=")
             if not word or (option.startswith("--") and equals and not value):
                 # such as "$PHOTOS", where the shell knows no PHOTOS
-                name = option or (before if before.startswith("--") else "an argument")
+                name = option or (before if before in takes_value else "an argument")
                 raise BadInput(f"{name}: its value is empty; give one, or leave the flag out")
         return super().parse_known_args(args, namespace)
 

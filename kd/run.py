@@ -148,7 +148,8 @@ class Run:
         distributed.check_same_on_all_ranks({**self.settings, **facts}, self.free)
         self.facts = self.facts or facts
         for name, value in self.facts.items():
-            if facts[name] != value:
+            # Older runs recorded random weights, which are "none" now.
+            if facts[name] not in (value, "none"):
                 raise BadInput(f"--resume: what {cli.option_of(name)} stands for has changed since the run "
                                f"began; give it as it was, or start again with --overwrite")
 
@@ -339,13 +340,13 @@ def open_folder(out: Path, settings: Mapping[str, Any], free: set[str], resume: 
                                          if path.name != LOCK and not path.match(".config.json.*.tmp"))
         if holds_run and not is_run(out):
             raise BadInput(f"--out {out}: holds files that are not a run; give another folder")
+        out.mkdir(parents=True, exist_ok=True)
+        lock(out)       # before anything is written: the folder may be another process's
         if holds_run and not (resume or overwrite):
             mark_not_begun(out)
             raise BadInput(f"--out {out}: holds another run; go on with --resume, replace it with --overwrite, or give "
                            f"another folder")
 
-        out.mkdir(parents=True, exist_ok=True)
-        lock(out)
         sweep(out)
         if holds_run and resume:
             _check_settings({**defaults, **json.loads(record.read_text("utf-8"))}, settings, free)

@@ -51,7 +51,8 @@ def test_a_mistake_is_named(argv, expected):
 
 @pytest.mark.parametrize("argv, name", [
     (["student", "--dataset", "", "--json"], "--dataset"), (["student", "--cache-dir="], "--cache-dir"),
-    (["", "--dataset", "leaves"], "an argument"), (["student", ""], "an argument")])
+    (["", "--dataset", "leaves"], "an argument"), (["student", ""], "an argument"),
+    (["student", "--json", ""], "an argument"), (["student", "--split=test", ""], "an argument")])
 def test_an_empty_value_is_refused_by_every_command(argv, name):
     parser = arguments.make_parser("evaluate", None)
     arguments.add_data_flags(parser)

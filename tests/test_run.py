@@ -242,16 +242,19 @@ sys.stdin.read()
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, None])
-def test_two_processes_never_train_in_one_folder(tmp_path, end):
+def test_two_processes_never_train_in_one_folder(tmp_path, monkeypatch, end):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     with run.unlocked():
         out = finished_run(tmp_path / "run")
     with subprocess.Popen([sys.executable, "-c", TRAINING, str(out)], cwd=ROOT, text=True, stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE) as other:
         assert other.stdout and other.stdout.readline() == "trains\n"
         (out / ".last.ckpt.7.tmp").write_bytes(b"half")
-        with pytest.raises(BadInput, match="^--out .*: another process is training there; wait for it"):
-            Run(out, {"lr": 1.0}, set(), resume=True)
+        for resume, overwrite in ((False, False), (False, True), (True, False)):
+            with pytest.raises(BadInput, match="^--out .*: another process is training there; wait for it"):
+                Run(out, {"lr": 1.0}, set(), resume=resume, overwrite=overwrite)
         assert (out / ".last.ckpt.7.tmp").exists()      # what the other one is writing
+        assert not (out / run.NOT_BEGUN).exists()       # its restarts go on
         if end:
             other.send_signal(end)
     with run.unlocked():
@@ -317,6 +320,7 @@ def test_other_data_weights_or_precision_are_refused_by_name(tmp_path, name):
     again = Run(tmp_path / "run", {"lr": 1.0}, set(), resume=True)
     with pytest.raises(BadInput, match=f"--resume: what --{name.replace('_', '-')} stands for has changed"):
         again.must_match(**{**FACTS, name: "other"})
+    again.must_match(**{**FACTS, "teacher_weights": "none"})    # an older run recorded random weights
 
 
 def test_what_makes_a_folder_a_run_is_written_only_when_data_and_models_are_good(tmp_path):
