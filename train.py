@@ -302,7 +302,8 @@ def fit(job: Job, cfg: Config, run: Run) -> None:
             for batch in batches:
                 step = epoch * steps_per_epoch + position.step
                 # For dropout, if there is any: other numbers in every step and in every rank.
-                torch.manual_seed((cfg.seed * 1_000_003 + step) * cli.ranks() + cli.rank())
+                torch.manual_seed((cfg.seed * 1_000_003 + step) * distributed.world_size()
+                                  + distributed.rank())
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step, total_steps, group["initial_lr"], cfg.schedule,
                                                 cfg.warmup)

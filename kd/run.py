@@ -36,7 +36,16 @@ RUN_FOLDERS = ("student", "teacher", "control", "tensorboard")
 # In this folder torchrun has not begun a run yet. Ranks that it restarts must not resume the run that lies there.
 NOT_BEGUN = ".not-begun.tmp"
 LOCK = ".lock"      # held by the process that trains in this folder
-_locked = threading.local()
+
+
+class _Locked(threading.local):
+    """What each thread has locked."""
+
+    def __init__(self) -> None:
+        self.by_folder: dict[Path, FileLock] = {}
+
+
+_locked = _Locked()
 
 
 class Flushable(Protocol):
@@ -326,10 +335,10 @@ def open_folder(out: Path, settings: Mapping[str, Any], free: set[str], resume: 
                 restarted: bool = False, defaults: Mapping[str, Any] = {}) -> Opened:
     """Make the folder of a run, if need be, and read the run in it under `resume`. Nothing of a run is removed.
 
-    restarted: torchrun has started the ranks again, so that the run that they began goes on. The folder stays locked
-    until `unlocked` ends, so that no other process trains there.
+    restarted: torchrun has started the ranks again, so that the run that they began goes on.
 
-    What makes a folder a run is its config.json. Raises BadInput where the folder holds another run and neither
+    What makes a folder a run is its config.json. The folder stays locked until `unlocked` ends, so that no other
+    process trains there. Raises BadInput where the folder holds another run and neither
     `resume` nor `overwrite` is given, where it holds something else, where another process trains in it, and where a
     resumed run has another setting than before (those in `free` aside).
     """
@@ -369,19 +378,18 @@ def mark_not_begun(out: Path) -> None:
 
 def lock(out: Path) -> None:
     """Lock a folder, unless this thread has done so already. Raises BadInput where another process has."""
-    held = _locked.__dict__.setdefault("by_folder", {})
     place = out.resolve()
-    if place in held:
+    if place in _locked.by_folder:
         return
+    held = FileLock(out / LOCK)
     try:
-        held[place] = FileLock(out / LOCK)
-        held[place].acquire(timeout=0)
+        held.acquire(timeout=0)
     except Timeout:
-        del held[place]
         raise BadInput(f"--out {out}: another process is training there; wait for it, stop it, or give another folder"
                        ) from None
     except (OSError, NotImplementedError):      # a disk without locks, or one that is read only
-        del held[place]
+        return
+    _locked.by_folder[place] = held
 
 
 @contextlib.contextmanager
@@ -390,7 +398,8 @@ def unlocked() -> Iterator[None]:
     try:
         yield
     finally:
-        for folder, held in _locked.__dict__.pop("by_folder", {}).items():
+        while _locked.by_folder:
+            folder, held = _locked.by_folder.popitem()
             with contextlib.suppress(OSError):      # Windows removes no open file
                 (folder / LOCK).unlink()
             held.release()

@@ -5,7 +5,6 @@ most of the arithmetic of a step. Views are functions of a key (`kd/views.py`), 
 methods (`kd/methods.py`) also compare the pooled features. These are then kept behind the logits, in the same row.
 """
 
-import hashlib
 import inspect
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
@@ -24,15 +23,14 @@ from kd.features import logits_and_features, width
 from kd.logits import LogitStore
 from kd.machine import distributed
 from kd.machine.devices import to_device
+from kd.machine.files import code_digest
 from kd.machine.runtime import Runtime
 from kd.predict import predict
 from kd.views import CODE, Augmentation, Views, load_views
 
 
 # Answers are valid only for the code that made them. That of the views is in `kd/views.py`.
-ANSWERS = hashlib.sha256(b"".join([
-    *(Path(str(module.__file__)).read_bytes() for module in (features, folding)),
-    inspect.getsource(models.normalize).encode()])).hexdigest()
+ANSWERS = [code_digest(features, folding), inspect.getsource(models.normalize)]
 
 
 class StoreOptions(NamedTuple):

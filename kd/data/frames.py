@@ -41,14 +41,14 @@ from kd.data.kept import KeptFrames, hash_of, write_hashes
 from kd.data.samples import Dataset, Samples
 from kd.machine import console
 from kd.machine.cores import usable_cores
-from kd.machine.files import MappedFiles, sync_folder, write_at
+from kd.machine.files import MappedFiles, code_digest, sync_folder, write_at
 
 TAIL = struct.Struct("<8sQQ32s32s")     # magic, N, R, digest of the pixels, fingerprint
 MAGIC = b"kdframe1"                     # the last byte is the version of this format
 FIRST_BAD = 20                          # so many bad pictures are named in the message
 
 # Frames are valid only for the code that made them.
-CODE = hashlib.sha256(Path(decoding.__file__).read_bytes() + Path(repair.__file__).read_bytes()).hexdigest()
+CODE = code_digest(decoding, repair)
 
 Say = Callable[[str], None]
 Progress = Callable[[int, int], None]

@@ -6,7 +6,6 @@ pickles are not. No path may lead out of the dataset's own folder, unless `--fol
 
 import difflib
 import glob
-import hashlib
 import os
 import re
 from collections import Counter
@@ -27,6 +26,7 @@ from kd.data.samples import (Dataset, Links, Reading, Samples, Say, files_finger
                              split_called, visible)
 from kd.data.splits import numbered_as, with_three_splits
 from kd.machine import hub
+from kd.machine.files import code_digest
 
 ALIASES = {"beans": "AI-Lab-Makerere/beans"}
 
@@ -133,7 +133,7 @@ def _errors_in_one_line(name: str) -> Iterator[None]:
 
 def _open_leaves() -> Dataset:
     """The seed of the drawing is 0, whatever the run's: the leaves are one dataset."""
-    fingerprint = hashlib.sha256(Path(leaves.__file__).read_bytes()).hexdigest()
+    fingerprint = code_digest(leaves)
 
     def split(name: str, size: int) -> Samples:
         return Samples(np.arange(size) % len(leaves.CLASSES), lambda index: leaves.draw(name, index)[0],

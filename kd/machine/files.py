@@ -1,12 +1,14 @@
 """Files: written whole or not at all, and mapped into memory without filling it."""
 
 import errno
+import hashlib
 import mmap
 import os
 import shutil
 import threading
 from io import BufferedIOBase
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
@@ -14,6 +16,11 @@ from kd import DISK_FULL, TrainingFault
 from kd.machine import distributed
 
 RESIDENT = 64 << 20     # bytes of mapped files that may stay in a process's memory
+
+
+def code_digest(*modules: ModuleType) -> str:
+    """A hash of the source of these modules: what is stored is valid only for the code that made it."""
+    return hashlib.sha256(b"".join(Path(str(module.__file__)).read_bytes() for module in modules)).hexdigest()
 
 
 def sync_folder(folder: Path) -> None:
