@@ -9,6 +9,7 @@ of the data set.
 """
 
 import hashlib
+import itertools
 import json
 import sys
 from functools import partial
@@ -335,8 +336,8 @@ def tuning_table() -> str:
 def folds_table() -> str:
     """Each picture of beans once: counts over all folds, and the gain with its interval over the pictures."""
     rows = []
-    for epochs in (30, 200):
-        runs = read_runs(f"folds/best-{epochs}")
+    for augment, epochs in itertools.product(("crop", "crop-x"), (30, 200)):
+        runs = read_runs(f"folds/{augment}-{epochs}")
         if len(runs) < FOLDS:
             continue
         each = {role: np.concatenate([right(run, role, ["test"]) for run in runs.values()]) for role in report.ROLES}
@@ -344,9 +345,10 @@ def folds_table() -> str:
         low, high = (100 * limit for limit in report.gain_interval(gains[None]))
         p = mcnemar_p(int((gains > 0).sum()), int((gains < 0).sum()))
         counts = [f"{100 * values.mean():.1f} % ({values.sum()})" for values in each.values()]
-        rows.append([str(epochs), str(len(gains)), *counts,
+        rows.append([str(epochs), f"`{augment}`", str(len(gains)), *counts,
                      f"{100 * gains.mean():+.1f} points ({low:+.1f} to {high:+.1f}), p = {p:.2g}"])
-    return markdown(["epochs", "pictures", "teacher", "control", "student", "student − control"], rows)
+    return markdown(["epochs", "teacher's views", "pictures", "teacher", "control", "student", "student − control"],
+                    rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -39,7 +39,8 @@ def every_table() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("document, name", [("README.md", "summary"), ("results/README.md", "results"),
-                                            ("results/README.md", "times"), ("results/README.md", "search"),
+                                            ("results/README.md", "folds"), ("results/README.md", "times"),
+                                            ("results/README.md", "search"),
                                             ("README.md", "few"), ("results/README.md", "few"),
                                             ("results/README.md", "by class"), ("results/README.md", "parts"),
                                             ("results/README.md", "patience"), ("results/README.md", "wrong"),
