@@ -146,7 +146,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "best": dict(
         size=96, epochs=200, batch_size=32, lr=3e-3, schedule="cosine", warmup=0.1,
         weight_decay=0.02, teacher="tf_efficientnet_lite0", teacher_epochs=24, temperature=2.0,
-        kd_weight=1.0, augment="crop", teacher_augment="crop", views=0),
+        kd_weight=1.0, augment="crop", views=0),
     # Few labelled pictures and many others: a teacher from ImageNet weights answers for all of them.
     "few": dict(
         size=96, epochs=60, batch_size=32, lr=3e-3, schedule="cosine", warmup=0.1, weight_decay=0.02,
