@@ -6,8 +6,8 @@ All pictures of beans, whatever split they belong to, are divided into five fold
 number k tests on fold k. So each picture is tested once, by models that have not seen it: the teacher is fine-tuned
 anew in each run. A tenth of the other pictures is validation, which chooses the epoch.
 
-The student's views are also turned upside down (`crop`). With `--teacher-augment crop-x` the teacher answers for such
-views without having seen any in its fine-tuning.
+The student's views are also turned upside down. By the recipe, the teacher has seen no such view in its fine-tuning
+(`crop-x`). With `--teacher-augment crop` it has.
 
 It makes each run by the command that it prints, one after another. A run that has ended is left alone, and one that was
 stopped goes on.
@@ -57,17 +57,17 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path, help="folder of the runs")
     parser.add_argument("--cache-dir", required=True)
     parser.add_argument("--epochs", nargs="+", type=int, default=[30, 200])
-    parser.add_argument("--teacher-augment", default="crop", choices=("crop", "crop-x"))
+    parser.add_argument("--teacher-augment", default="crop-x", choices=("crop-x", "crop"))
     parser.add_argument("--folds", nargs="+", type=int, default=range(FOLDS))
     args = parser.parse_args()
     dataset = open_dataset(args.data, say=lambda line: None)
     for epochs in args.epochs:
         for fold in args.folds:
             folder = fold_folder(dataset, fold, args.out / "pictures" / f"fold-{fold}" / "beans")
-            flags = ["--dataset", str(folder), "--teacher-weights", args.teacher_weights,
+            flags = [*FLAGS, "--dataset", str(folder), "--teacher-weights", args.teacher_weights,
                      "--teacher-augment", args.teacher_augment, "--epochs", str(epochs), "--seed", str(fold)]
             run = args.out / f"{args.teacher_augment}-{epochs}" / f"seed-{fold}"
-            launch.train([*FLAGS, *flags], run, args.cache_dir)
+            launch.train(flags, run, args.cache_dir)
 
 
 if __name__ == "__main__":
