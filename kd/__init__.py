@@ -9,6 +9,11 @@ import errno
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
+# The label of a picture without one. It takes no part in the cross-entropy, and takes part in the KL like every other
+# picture. Both terms are means over all rows of a batch.
+NO_LABEL = -100
+
+
 class BadInput(Exception):
     """A flag, file or dataset that cannot be used; the message names it and says what to do (exit status 2)."""
 

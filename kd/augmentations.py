@@ -15,7 +15,6 @@ class Augmentation(NamedTuple):
     flip_x: float = 0.0   # probability of a left-right flip
     flip_y: float = 0.0   # probability of an up-down flip
     colour: float = 0.0   # with a crop only: brightness, contrast and saturation, each times 1 - colour to 1 + colour
-    mixup: float = 0.0    # the share of a second picture is uniform in [0, mixup / 2]; 0: no second picture
 
 
 AUGMENTATIONS = {
@@ -25,13 +24,11 @@ AUGMENTATIONS = {
     "crop": Augmentation(crop=0.35, flip_x=0.5, flip_y=0.5, colour=0.2),
     "crop-x": Augmentation(crop=0.35, flip_x=0.5, colour=0.2),
     "crop-only": Augmentation(crop=0.35, colour=0.2),               # digits, letters, traffic signs
-    "mixup": Augmentation(crop=0.35, flip_x=0.5, flip_y=0.5, colour=0.2, mixup=1.0),
 }
 
 # The random numbers of a view, each uniform in [0, 1): number j is a hash of (seed, sample, view, j).
 # Add new names at the end: then every existing view keeps its pixels.
 AREA, ASPECT, LEFT, TOP = 0, 1, 2, 3            # of the crop
 FLIP_X, FLIP_Y = 4, 5
-BRIGHTNESS, CONTRAST, SATURATION = 6, 7, 8      # 9 is not used
-PARTNER, PARTNER_SHARE = 10, 11                 # mixup's second picture, and how much of it
-RANDOM_NUMBERS = 12
+BRIGHTNESS, CONTRAST, SATURATION = 6, 7, 8
+RANDOM_NUMBERS = 9

@@ -1,16 +1,18 @@
-"""What a step is fed: a batch of views with its labels."""
+"""What a step is fed: a batch of views with its labels, and with the teacher's answers that are on disk."""
 
-from typing import Generator, Iterator, NamedTuple
+from typing import Callable, Generator, Iterator, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kd.data.frames import Data, Split
+from kd.data.frames import Split
 from kd.machine import distributed
 from kd.machine.devices import to_device
 from kd.machine.prefetch import prefetch
-from kd.views import Views, load_views, mixed_labels, mixup_partners
+from kd.views import Views, load_views
+
+Stored = Callable[[int, np.ndarray], Tensor | None]     # (view, samples) to the teacher's answers on disk, if any
 
 
 class Batch(NamedTuple):
@@ -20,9 +22,10 @@ class Batch(NamedTuple):
     samples: np.ndarray     # (B,) int64, their numbers in that split
     view: int               # which view of each
     pixels: Tensor          # (B, 3, H, W) uint8, channels_last, on the device
-    labels: Tensor          # (B,) int64, or (B, C) probabilities under mixup
+    labels: Tensor          # (B,) int64, on the device; NO_LABEL for a picture without one
     total: int              # samples of all ranks together
-    weight: float = 1.0     # of this rank's mean loss, where ranks have unequal shares; averages to 1 over the ranks
+    weight: float = 1.0     # B · ranks / total: of this rank's mean loss, where ranks have unequal shares
+    stored: Tensor | None = None    # the teacher's answers, float32 on the device, where all of them are on disk
 
 
 def epoch_batches(seed: int, epoch: int, samples: int, batch_size: int) -> list[np.ndarray]:
@@ -32,34 +35,35 @@ def epoch_batches(seed: int, epoch: int, samples: int, batch_size: int) -> list[
     1.5 times as many samples as the others. So BatchNorm never meets a single sample, in any rank.
     """
     order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(samples)
-    cuts = list(range(batch_size, samples, batch_size))
-    if cuts and samples - cuts[-1] < max(2, batch_size / 2):
-        cuts.pop()
-    return np.split(order, cuts)
+    return np.split(order, _cuts(samples, batch_size))
 
 
 def count_batches(samples: int, batch_size: int) -> int:
     """Steps an epoch; the same in every epoch."""
-    return len(epoch_batches(0, 0, samples, batch_size))
+    return len(_cuts(samples, batch_size)) + 1
 
 
-def load_batches(data: Data, views: Views, epoch: int, batch_size: int, start: int,
-                 device: torch.device) -> Generator[Batch, None, None]:
+def _cuts(samples: int, batch_size: int) -> list[int]:
+    """Where one batch of an epoch ends and the next begins."""
+    cuts = list(range(batch_size, samples, batch_size))
+    if cuts and samples - cuts[-1] < max(2, batch_size / 2):
+        cuts.pop()
+    return cuts
+
+
+def load_batches(split: Split, views: Views, epoch: int, batch_size: int, start: int, device: torch.device,
+                 stored: Stored = lambda view, samples: None) -> Generator[Batch, None, None]:
     """This rank's share of the batches of an epoch, from step `start` on. On a GPU, two are made ahead in a thread."""
-    return prefetch(_load_batches(data, views, epoch, batch_size, start, device), device)
+    return prefetch(_load_batches(split, views, epoch, batch_size, start, device, stored), device)
 
 
-def _load_batches(data: Data, views: Views, epoch: int, batch_size: int, start: int,
-                  device: torch.device) -> Iterator[Batch]:
-    split, view = data.train, views.index(epoch)
+def _load_batches(split: Split, views: Views, epoch: int, batch_size: int, start: int, device: torch.device,
+                  stored: Stored) -> Iterator[Batch]:
+    view = views.index(epoch)
     for everyones in epoch_batches(views.seed, epoch, len(split), batch_size)[start:]:
         samples = distributed.rank_share(everyones)
-        pixels = load_views(split.frames, samples, view, views, device)
-
-        labels = split.labels[samples]
-        if views.augmentation.mixup:
-            partners, share = mixup_partners(samples, view, views, len(split))
-            labels = mixed_labels(labels, split.labels[partners], share, len(data.classes))
-
-        yield Batch(split, samples, view, pixels, to_device(labels, device), total=len(everyones),
-                    weight=len(samples) * distributed.world_size() / len(everyones))
+        answers = stored(view, samples)
+        yield Batch(split, samples, view, load_views(split, samples, view, views, device),
+                    to_device(split.labels[samples], device), total=len(everyones),
+                    weight=len(samples) * distributed.world_size() / len(everyones),
+                    stored=None if answers is None else to_device(answers, device))

@@ -1,4 +1,4 @@
-"""The command line from a dataclass: `Config` is the only place where a flag is declared.
+"""The command line from a dataclass: `Config` (kd/config.py) is the only place where a flag is declared.
 
 Nothing heavy is imported here, so that `--help` and a mistyped flag answer before torch is loaded.
 """
@@ -12,6 +12,7 @@ import json
 import math
 import numbers
 import os
+import re
 import shlex
 import signal
 import sys
@@ -20,29 +21,28 @@ from pathlib import Path
 from typing import Any, Callable, NoReturn
 
 from kd import BadInput, TrainingFault
+from kd.machine.ranks import rank, ranks
 
 Recipes = dict[str, dict[str, Any]]     # by name, the settings that differ from the defaults
 
 CACHE_DIR = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "kd")     # an empty variable counts as unset
 
 
-def rank() -> int:
-    """The number of this process among those that torchrun started, as it says in the environment; else 0."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def ranks() -> int:
-    """How many processes torchrun started; else 1."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 # ---- declaring and checking flags ------------------------------------------------------------------------------
 
 def flag(default: Any, help: str, choices: tuple[str, ...] = (), low: float = -math.inf, high: float = math.inf,
-         above: float = -math.inf) -> Any:
-    """A dataclass field that is also a flag. Its value is one of `choices`, or low <= value <= high, value > above."""
+         above: float = -math.inf, free: bool = False) -> Any:
+    """A dataclass field that is also a flag. Its value is one of `choices`, or low <= value <= high, value > above.
+
+    free: it may differ between a run and its continuation. Any other change would make it another run.
+    """
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high,
-                                                        "above": above})
+                                                        "above": above, "free": free})
+
+
+def free_flags(config_class: Any) -> set[str]:
+    """The fields that may differ between a run and its continuation."""
+    return {field.name for field in dataclasses.fields(config_class) if field.metadata["free"]}
 
 
 def option_of(name: str) -> str:
@@ -117,20 +117,18 @@ def build_config(config_class: type, recipes: Recipes, flags: dict[str, Any]) ->
         if name not in fields:
             raise BadInput(f"unknown argument {name}{nearest(name, list(fields))}")
 
-    settings = {name: _typed(fields[name], value) for name, value in flags.items()}
+    settings = {}
+    for name, value in flags.items():
+        kind: Any = type(fields[name].default)
+        # A path may be a Path, and an int, of NumPy too, may stand for a float.
+        allowed: Any = {bool: bool, int: numbers.Integral, float: numbers.Real, str: (str, os.PathLike)}[kind]
+        if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
+            raise BadInput(f"{option_of(name)} {value!r}: must be of type {kind.__name__}")
+        settings[name] = kind(value)
     recipe = settings.get("recipe", fields["recipe"].default)
     config = config_class(**{**recipes.get(recipe, {}), **settings, "recipe": recipe})
     check(config)
     return config
-
-
-def _typed(field: dataclasses.Field, value: Any) -> Any:
-    """`value` in the type of the field's default. A path may be a Path, and an int may stand for a float."""
-    kind: Any = type(field.default)
-    allowed: Any = {bool: bool, int: numbers.Integral, float: numbers.Real, str: (str, os.PathLike)}[kind]
-    if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
-        raise BadInput(f"{option_of(field.name)} {value!r}: must be of type {kind.__name__}")
-    return kind(value)
 
 
 def _parser(fields: dict[str, dataclasses.Field], recipes: Recipes, doc: str) -> OneLineParser:
@@ -164,14 +162,15 @@ def parse_or_exit(config_class: type, recipes: Recipes, doc: str | None) -> Any:
         fail(error, error.status)
 
 
-# ---- the command that gives a config again -----------------------------------------------------------------------
+# ---- the command that gives a config again, and its folder ----------------------------------------------------------
 
-def command(config: Any, recipes: Recipes, skip: set[str]) -> str:
-    """The shortest command that gives `config` again, without the flags in `skip`.
+def command(config: Any, recipes: Recipes) -> str:
+    """The shortest command that gives `config` again, without what only says where and how it runs.
 
     Only the last part of a path is named: where a file lies on one machine is nobody's business on another.
     """
     settings = {field.name: field.default for field in dataclasses.fields(config)} | recipes.get(config.recipe, {})
+    skip = free_flags(config) - {"allow_weak_teacher"}
     words = ["python", "train.py"]
     for name, value in dataclasses.asdict(config).items():
         if name not in skip and value != settings[name]:
@@ -184,6 +183,21 @@ def base_name(value: str) -> str:
     if value.startswith("local-dir:"):      # timm's prefix for a folder
         return "local-dir:" + Path(value.removeprefix("local-dir:")).name
     return Path(value).name if value.startswith(("/", "~", ".")) or value.count("/") > 1 else value
+
+
+def default_folder(recipe: str, dataset: str, config: str, own_dataset: str) -> Path:
+    """The folder of a run without --out. Two data sets never share one.
+
+    own_dataset: the recipe's, whose runs have the folder runs/RECIPE. Other data add their Hub id, or their path from
+    the working directory (absolute where they lie outside), and their --config. A slash becomes "--".
+    """
+    if (dataset, config) == (own_dataset, ""):
+        return Path("runs", recipe)
+    name, path = dataset, Path(dataset).expanduser()
+    if path.exists() or dataset.startswith(("/", "~", ".")):
+        name = os.path.abspath(path).removeprefix(os.path.join(os.getcwd(), ""))
+    words = [re.sub(r"[^\w.-]", "-", word.replace("/", "--")) for word in (name, config) if word]
+    return Path("runs", f"{recipe}-{'@'.join(words)}")
 
 
 # ---- running, and leaving with one line and a status ---------------------------------------------------------------
@@ -210,8 +224,6 @@ def run(main: Callable[[Any], Any], config: Any) -> None:
             result = main(config)
         if not rank():
             print(json.dumps(result))
-        from kd.machine import distributed  # here, because it loads torch, which main has done by now
-        distributed.leave()
     except Exception as error:
         status = getattr(error, "status", None)  # of BadInput, TrainingFault and Stopped
         if status is not None:

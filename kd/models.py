@@ -4,9 +4,9 @@ Weights come from timm's own download, or through `kd/pretrained.py` from elsewh
 opened except by torch.load(weights_only=True), which runs no code that a file holds.
 """
 
+import contextlib
 import copy
 import difflib
-import functools
 import hashlib
 import json
 import shutil
@@ -17,6 +17,7 @@ import safetensors
 import safetensors.torch
 import timm
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 from timm.data import resolve_data_config
 from timm.layers import PatchEmbed
@@ -24,11 +25,12 @@ from torch import Tensor, nn
 
 from kd import BadInput, TrainingFault, features, one_line, pretrained
 from kd.machine import distributed, hub
-from kd.machine.files import sync_file
+from kd.machine.files import sync
+from kd.machine.runtime import Runtime
 from kd.pretrained import declared
 
 
-# Preprocessing
+# ---- preprocessing ------------------------------------------------------------------------------
 
 class Preprocessing(NamedTuple):
     """What timm declares for a model: how a picture becomes its input."""
@@ -49,23 +51,14 @@ def preprocessing(model: nn.Module) -> Preprocessing:
     return Preprocessing(tuple(config["mean"]), tuple(config["std"]), interpolation, crop_pct)
 
 
-def normalize(pixels: Tensor, prep: Preprocessing) -> Tensor:
-    """uint8 `(B, 3, H, W)` to float32 of the same shape and memory format: (x / 255 - mean) / std."""
-    constant = _constant_on_gpu if pixels.is_cuda else torch.tensor
-    return _scaled(pixels, *(constant(values, device=pixels.device) for values in (prep.mean, prep.std)))
+class Classifier(NamedTuple):
+    """What always travels together: a model, and what it takes to use it."""
 
-
-def _scaled(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    return pixels.float().div_(255).sub_(mean[:, None, None]).div_(std[:, None, None])
-
-
-@functools.cache
-def _constant_on_gpu(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Cached, because copying it to the GPU at every step would wait for the GPU.
-
-    Not on the CPU: torch.export's fake tensors would be cached.
-    """
-    return torch.tensor(values, device=device)
+    model: nn.Module
+    prep: Preprocessing
+    size: int                   # side of its square input, in pixels
+    classes: tuple[str, ...]
+    machine: Runtime            # where, and in which precision
 
 
 class FromPixels(nn.Module):
@@ -74,7 +67,7 @@ class FromPixels(nn.Module):
     with_features: to `(B, C + D)`, the logits and behind them the pooled features (`kd/features.py`).
 
     So torch.compile sees both, and need not write the normalised pixels to memory. Mean and std are buffers, because a
-    constant that is copied to the GPU would keep the compiled model from being replayed as a CUDA graph.
+    constant that is copied to the GPU at every step would wait for the GPU.
     """
 
     mean: Tensor
@@ -85,14 +78,14 @@ class FromPixels(nn.Module):
         self.model, self.prep, self.with_features = model, prep, with_features
         device = next(model.parameters(), torch.empty(0)).device
         for name, values in (("mean", prep.mean), ("std", prep.std)):
-            self.register_buffer(name, torch.tensor(values, device=device), persistent=False)
+            self.register_buffer(name, torch.tensor(values, device=device)[:, None, None], persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        x = _scaled(pixels, self.mean, self.std)
+        x = pixels.float().div_(255).sub_(self.mean).div_(self.std)
         return features.logits_and_features(self.model, x) if self.with_features else self.model(x)
 
 
-# Creating models
+# ---- creating models ----------------------------------------------------------------------------
 
 def architecture(model: nn.Module) -> str:
     """timm's name of the architecture, without the tag of its weights."""
@@ -110,87 +103,68 @@ def timm_name(name: str) -> str:
     return name
 
 
-def check(flag: str, name: str, weights: str = "none") -> None:
+def check(role: str, name: str, weights: str = "none") -> None:
     """Raise BadInput for a name that timm does not know and for a weights file that is absent.
 
-    It loads nothing, so that a run can check its flags before any work. `flag` is named in errors.
+    It loads nothing, so that a run can check its flags before any work. role: "teacher", "student" or "model", which
+    names the flag in errors.
     """
     try:
         source, place = timm.models.parse_model_name(timm_name(name))
         if source == "hf-hub":
             validate_repo_id(place.split("@")[0])
     except ValueError as error:
-        raise BadInput(f"--{flag} {name}: {one_line(error)}") from error
+        raise BadInput(f"--{role} {name}: {one_line(error)}") from error
 
     if source == "local-dir" and not (Path(place) / "config.json").is_file():
-        raise BadInput(f"--{flag} {name}: no config.json in that folder; give one that train.py or timm saved")
+        raise BadInput(f"--{role} {name}: no config.json in that folder; give one that train.py or timm saved")
     if not source and not timm.is_model(place):
         # An unknown tag (`resnet50.nope`) has a known stem; anything else gets the most similar names.
         similar = difflib.get_close_matches(place.split(".")[0], timm.list_models(), n=3, cutoff=0.5)
-        raise BadInput(f"--{flag} {name}: timm has no model of that name"
+        raise BadInput(f"--{role} {name}: timm has no model of that name"
                        + (f"; did you mean {' or '.join(similar)}?" if similar else ""))
     if weights == "imagenet" and source == "local-dir":
-        pretrained.path_of(flag, place)
+        pretrained.path_of(role, place)
     elif weights not in ("none", "imagenet"):
-        pretrained.path_of(flag, weights)
+        pretrained.path_of(role, weights)
 
 
-def check_size(model: nn.Module, size: int, option: str = "--size") -> None:
-    """Raise BadInput if `model` does not take `size` × `size` pixels, such as a mixer of a fixed size.
-
-    option: the flag that gives the size, named in the error. Leaves the model in eval mode.
-    """
-    model.eval()
-    try:
-        with torch.no_grad():
-            model(next(model.parameters()).new_zeros(1, 3, size, size))
-    except (torch.OutOfMemoryError, torch.AcceleratorError):     # kinds of RuntimeError; the size is not to blame
-        raise
-    except (AssertionError, RuntimeError, ValueError) as error:
-        raise _wrong_size(model, size, error, option) from error
-
-
-def _wrong_size(model: nn.Module, size: int, error: Exception, option: str) -> BadInput:
-    return BadInput(f"{option} {size}: {architecture(model)} takes no pictures of that size ({one_line(error)}); "
-                    f"it declares {declared(model)['input_size'][-1]}")
-
-
-def create(flag: str, name: str, classes: tuple[str, ...], weights: str = "none", size: int | None = None,
-           say: Callable[[str], None] = print, option: str = "--size") -> nn.Module:
+def create(role: str, name: str, classes: tuple[str, ...], weights: str = "none", size: int | None = None,
+           say: Callable[[str], None] = print) -> nn.Module:
     """A timm model with one output per class.
 
-    name: timm's (`resnet50.a1_in1k`, also behind `timm/` or `hf-hub:timm/`), or `hf-hub:OWNER/NAME`
-    or `local-dir:FOLDER`, which hold a config.json that timm reads.
+    role: as for `check`.
 
-    weights: `none` (random, from torch's seed); `imagenet` (timm's pretrained, or those of the
-    repository or folder that `name` gives); a file that timm takes, such as .safetensors or .pth; or
-    a saved folder. A folder's own model.safetensors stands for the folder.
+    name: timm's (`resnet50.a1_in1k`, also behind `timm/` or `hf-hub:timm/`), or `hf-hub:OWNER/NAME` or
+    `local-dir:FOLDER`, which hold a config.json that timm reads.
 
-    size: side of the input in pixels. Architectures that are built for one size are built for this
-    one, and timm resamples their weights; None leaves them at the size that they declare.
+    weights: `none` (random, from torch's seed); `imagenet` (timm's pretrained, or those of the repository or folder
+    that `name` gives); a file that timm takes, such as .safetensors or .pth; or a saved folder. A folder's own
+    model.safetensors stands for the folder.
 
-    A head with another number of outputs is replaced by a random one. Where the weights name their
-    classes, the head must have the data's: one with the same classes in another order is reordered,
-    and one with other classes is replaced. `say` reports each. `flag`, and for its size `option`, are
-    named in errors.
+    size: side of the input in pixels. Architectures that are built for one size are built for this one, and timm
+    resamples their weights; None leaves them at the size that they declare.
 
-    Raises BadInput for an unknown name, for a size that the model does not take, and for weights that
-    cannot be downloaded, are corrupt, need code to be opened, or belong to another model.
+    A head with another number of outputs is replaced by a random one. Where the weights name their classes, the head
+    must have the data's: one with the same classes in another order is reordered, and one with other classes is
+    replaced. `say` reports each.
+
+    Raises BadInput for an unknown name, for a size that the model does not take, and for weights that cannot be
+    downloaded, are corrupt, need code to be opened, or belong to another model.
     """
-    check(flag, name, weights)
+    check(role, name, weights)
     name = timm_name(name)
     source, place = timm.models.parse_model_name(name)      # None, "hf-hub" or "local-dir"; a repository or a folder
     of_timm = weights == "imagenet" and not source
-    of_repository = weights == "imagenet" and source == "hf-hub"
-    online = hub.reachable() if of_timm or source == "hf-hub" else True
+    found = None
     try:
-        arguments = {"num_classes": len(classes), **_size_argument(name, size, option)}
-        model = timm.create_model(name, pretrained=of_timm, **arguments)
-        found = pretrained.read_repository(place) if of_repository else None
-    except BadInput:
-        raise
+        with hub.cache_if_unreachable() if of_timm or source == "hf-hub" else contextlib.nullcontext():
+            arguments = {} if size is None else _size_argument(name, size)
+            model = timm.create_model(name, pretrained=of_timm, num_classes=len(classes), **arguments)
+            if weights == "imagenet" and source == "hf-hub":
+                found = pretrained.read_repository(place)
     except Exception as error:  # the client, the Hub, timm and its models raise exceptions of their own
-        raise _not_created(flag, name, of_timm or of_repository, online, error) from error
+        raise _not_created(role, name, weights, size, error) from error
 
     if of_timm:
         pretrained_classes = declared(model).get("num_classes")
@@ -200,47 +174,55 @@ def create(flag: str, name: str, classes: tuple[str, ...], weights: str = "none"
     else:
         _reset_head(model)
         if weights != "none":
-            found = found or pretrained.read(pretrained.path_of(flag, place if weights == "imagenet" else weights))
-            pretrained.load(model, found, name, arguments, classes, say)
+            found = found or pretrained.read(pretrained.path_of(role, place if weights == "imagenet" else weights))
+            pretrained.load(model, found, classes, say)
             _take_preprocessing(model, found, say)
 
     crop_mode = declared(model).get("crop_mode", "center")
     if crop_mode != "center":
         say(f"{name}: timm declares crop_mode {crop_mode}; here its pictures are cropped in the centre")
+    if size is not None:
+        _try_size(role, model, size)
     return model
 
 
-def _size_argument(name: str, size: int | None, option: str) -> dict[str, Any]:
+def _size_argument(name: str, size: int) -> dict[str, Any]:
     """timm's argument for an architecture that is built for one size, such as most ViTs; {} for others."""
-    if size is None:
-        return {}
     with torch.device("meta"):      # takes no memory and no random numbers
-        model = timm.create_model(name)
-        built = timm.models.get_model_input_config(model)
-        if not built["fixed_input_size"] or tuple(built["input_size"][1:]) == (size, size):
-            return {}
-        try:
-            model = timm.create_model(name, img_size=(size, size))
-        except Exception as error:  # assertions mostly, but each architecture has its own way
-            raise _wrong_size(model, size, error, option) from error
-    for patches in model.modules():
-        # timm would leave out the right and lower edge of the picture without a word.
-        if isinstance(patches, PatchEmbed) and any(size % side for side in patches.patch_size):
-            raise _wrong_size(model, size, ValueError(f"no multiple of its patches' {patches.patch_size[0]} pixels"),
-                              option)
-    return {"img_size": (size, size)}
+        built = timm.models.get_model_input_config(timm.create_model(name))
+    return {"img_size": (size, size)} if built["fixed_input_size"] and built["input_size"][1] != size else {}
 
 
-def _not_created(flag: str, name: str, with_weights: bool, online: bool, error: Exception) -> BadInput:
-    part = f"--{flag}-weights imagenet" if with_weights else f"--{flag}"
+@torch.no_grad()
+def _try_size(role: str, model: nn.Module, size: int) -> None:
+    """Raise BadInput if `model` does not take `size` × `size` pixels, such as a mixer of a fixed size."""
+    training = model.training
+    try:
+        for patches in model.modules():
+            # timm would leave out the right and lower edge of the picture without a word.
+            if isinstance(patches, PatchEmbed) and any(size % side for side in patches.patch_size):
+                raise ValueError(f"no multiple of its patches' {patches.patch_size[0]} pixels")
+        model.eval()(next(model.parameters()).new_zeros(1, 3, size, size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise _wrong_size(role, architecture(model), size, error) from error
+    model.train(training)
+
+
+def _wrong_size(role: str, name: str, size: int | None, error: Exception) -> BadInput:
+    flags = "--size or --teacher-size" if role == "teacher" else "--size"
+    return BadInput(f"--{role} {name}: takes no pictures of {size} × {size} pixels ({one_line(error)}); give another "
+                    f"{flags}, or another model")
+
+
+def _not_created(role: str, name: str, weights: str, size: int | None, error: Exception) -> BadInput:
+    part = f"--{role}-weights {weights}" if weights == "imagenet" else f"--{role}"
+    if isinstance(error, (ConnectionError, TimeoutError, LocalEntryNotFoundError, OfflineModeIsEnabled)):
+        return BadInput(f"{part}: {name}: the Hub cannot be reached, and its cache does not hold this; give a "
+                        f".safetensors file or a saved folder, or run offline: python train.py --recipe demo")
     if isinstance(error, KeyError):
         return BadInput(f"{part}: {name}: its config.json has no {error}, so timm did not write it; give another model")
-    if not online and with_weights:
-        return BadInput(f"{part}: the Hub cannot be reached and the weights of {name} are not in its cache; give a "
-                        f".safetensors file or a saved folder, or run offline: python train.py --recipe demo")
-    if not online:
-        return BadInput(f"{part}: the Hub cannot be reached and the config.json of {name} is not in its cache; give a "
-                        f"model of timm's, or local-dir:FOLDER")
+    if isinstance(error, AssertionError):
+        return _wrong_size(role, name, size, error)
     return BadInput(f"{part}: {name}: {one_line(error)}")
 
 
@@ -264,7 +246,7 @@ def _reset_head(model: Any) -> None:
         head.reset_parameters()
 
 
-# Models in use
+# ---- models in use ------------------------------------------------------------------------------
 
 def freeze(model: nn.Module) -> nn.Module:
     """Eval mode, where BatchNorm's running statistics stay fixed, and no gradients. Returns `model`."""
@@ -285,14 +267,14 @@ def digest(model: nn.Module) -> str:
     return total.hexdigest()
 
 
-# Saved folders
+# ---- saved folders ------------------------------------------------------------------------------
 
-def save(model: nn.Module, folder: Path, classes: tuple[str, ...], prep: Preprocessing, size: int, card: str) -> None:
+def save(classifier: Classifier, folder: Path, card: str) -> None:
     """Write a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads.
 
-    It holds model.safetensors, config.json (labels, mean, std, size, interpolation) and README.md,
-    whose text is `card`. The folder is written completely beside its place and then swapped in, so
-    that a reader never meets half of it. Of several ranks only the first writes.
+    It holds model.safetensors, config.json (labels, mean, std, size, interpolation) and README.md, whose text is
+    `card`. The folder is written completely beside its place and then swapped in, so that a reader never meets half of
+    it. Of several ranks only the first writes.
 
     Raises TrainingFault where the disk is full or not writable. The old folder is then untouched.
     """
@@ -302,8 +284,9 @@ def save(model: nn.Module, folder: Path, classes: tuple[str, ...], prep: Preproc
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
 
-    data_config: dict[str, Any] = {"input_size": (3, size, size), "crop_mode": "center", "crop_pct": prep.crop_pct,
-                                   "mean": prep.mean, "std": prep.std, "interpolation": prep.interpolation}
+    model, prep, size, classes, _ = classifier
+    data_config = {"input_size": (3, size, size), "crop_mode": "center", "crop_pct": prep.crop_pct,
+                   "mean": prep.mean, "std": prep.std, "interpolation": prep.interpolation}
     # safetensors takes contiguous tensors only, and channels_last ones are not.
     contiguous = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format)
     features.merge_head(contiguous)
@@ -315,7 +298,7 @@ def save(model: nn.Module, folder: Path, classes: tuple[str, ...], prep: Preproc
         (new / "README.md").write_text(card, encoding="utf-8")
         shutil.copymode(new / "README.md", new / "model.safetensors")   # which safetensors keeps from other users
         for path in new.iterdir():
-            sync_file(path)
+            sync(path)
         if folder.exists():
             folder.rename(old)
         new.rename(folder)
@@ -329,17 +312,17 @@ def save(model: nn.Module, folder: Path, classes: tuple[str, ...], prep: Preproc
         shutil.rmtree(old, ignore_errors=True)
 
 
-def load_saved(folder: Path, model: nn.Module) -> nn.Module:
-    """Load the weights of a folder written by `save` into `model`, which has the same architecture.
+def load_saved(folder: Path, model: nn.Module) -> None:
+    """Load the weights of a folder written by `save` into `model`. Raises BadInput where they cannot be read."""
+    try:
+        model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
+    except (OSError, safetensors.SafetensorError) as error:
+        raise BadInput(f"{folder}: its weights cannot be read ({one_line(error)}); put them back, or start again with "
+                       f"--overwrite") from error
 
-    Raises OSError or SafetensorError where they cannot be read.
-    """
-    model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
-    return model
 
-
-def open_saved(folder: str) -> tuple[nn.Module, Preprocessing, int, tuple[str, ...]]:
-    """A folder written by `save`: its model in eval mode, preprocessing, input size (pixels) and classes.
+def open_saved(folder: str, machine: Runtime) -> Classifier:
+    """A folder written by `save`: its model in eval mode, on the device, with what it takes to use it.
 
     Raises BadInput for a folder that `save` did not write.
     """
@@ -360,4 +343,6 @@ def open_saved(folder: str) -> tuple[nn.Module, Preprocessing, int, tuple[str, .
         raise BadInput(f"{folder}: model.safetensors is missing; give a folder that train.py saved")
     # Not by its architecture's name alone: timm rebuilds it with the arguments that config.json keeps.
     model = create("model", f"local-dir:{folder}", classes, folder, size, say=lambda line: None)
-    return model.eval(), prep, size, classes
+    # The memory format is that of train.py, because another one rounds differently.
+    model = model.to(machine.device).to(memory_format=torch.channels_last).eval()
+    return Classifier(model, prep, size, classes, machine)

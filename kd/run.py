@@ -6,25 +6,19 @@ that this project exists to avoid. What there is to learn stands in train.py.
 
 import contextlib
 import json
-import os
-import re
 import shutil
-import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Iterator, Mapping, NamedTuple, Protocol
+from typing import Any, Callable, Iterator, Mapping, NamedTuple, Protocol
 
-import safetensors
 import torch
 from filelock import FileLock, Timeout
-from torch import Tensor, nn
+from torch import Tensor
 
-from kd import BadInput, cli, models, one_line
-from kd.features import merge_head
+from kd import BadInput, cli
 from kd.machine import checkpoint, devices, distributed, runtime
 from kd.machine.files import write_atomic
-from kd.machine.health import Guard
 from kd.machine.records import Records
 from kd.machine.signals import Stop, Stopped
 
@@ -33,25 +27,7 @@ from kd.machine.signals import Stop, Stopped
 # checkpoint looks for them.
 RUN_FILES = ("result.json", "last.ckpt.previous", "last.ckpt", "metrics.jsonl", "predictions.npz", "report.html")
 RUN_FOLDERS = ("student", "teacher", "control", "tensorboard")
-# In this folder torchrun has not begun a run yet. Ranks that it restarts must not resume the run that lies there.
-NOT_BEGUN = ".not-begun.tmp"
 LOCK = ".lock"      # held by the process that trains in this folder
-
-
-class _Locked(threading.local):
-    """What each thread has locked."""
-
-    def __init__(self) -> None:
-        self.by_folder: dict[Path, FileLock] = {}
-
-
-_locked = _Locked()
-
-
-class Flushable(Protocol):
-    """Something with unwritten bytes, such as a logit store."""
-
-    def flush(self) -> None: ...
 
 
 class Saved(Protocol):
@@ -83,10 +59,6 @@ class Clock:
         return running
 
 
-# what older checkpoints call the fields of a position
-RENAMED = {"best": "kept_accuracy", "best_epoch": "kept_epoch"}
-
-
 @dataclass
 class Position:
     """Where a training stands. With the weights and the optimizer, this is all that a resumed run needs."""
@@ -95,9 +67,14 @@ class Position:
     loss_sum: Tensor                # scalar on the device, float64 if it can: of this epoch, over this rank's steps
     epoch: int = 0                  # epochs that are complete
     step: int = 0                   # steps of the next one that are done
-    kept_accuracy: float = -1.0     # on validation, of the weights that are kept: of the best epoch, or of the last
+    kept_score: float = -1.0        # on validation, of the weights that are kept: of the best epoch, or of the last
     kept_epoch: int = 0             # and their epoch, counted from 1
     clock: Clock = field(default_factory=Clock)     # seconds of training in this epoch
+
+    def count(self, loss: Tensor, samples: int) -> None:
+        """A step is done, on that many samples of all ranks."""
+        self.step += 1
+        self.loss_sum += loss * samples
 
     def next_epoch(self) -> None:
         """The epoch is complete: the next one begins at its first step."""
@@ -108,22 +85,12 @@ class Position:
 class Run:
     """One run, in `out`. Every rank has one; only rank 0 writes."""
 
-    def __init__(self, out: Path, settings: Mapping[str, Any], free: set[str], save_minutes: float = 10.0,
-                 resume: bool = False, overwrite: bool = False, defaults: Mapping[str, Any] = {}) -> None:
-        """Open the folder of a run. `stop.install()` then lets signals stop it.
-
-        settings: recorded and compared, never interpreted; `free` names those that a resumed run may change.
-        defaults: what a setting was in a run that is older than the setting.
-        overwrite: replace the run in the folder; `write_config` does so, and until then the folder stays as it is.
-        Raises BadInput where the folder holds another run, something else, or a run with other settings.
-        """
-        self.out, self.settings, self.free, self.save_minutes = out, settings, free, save_minutes
+    def __init__(self, out: Path, settings: Mapping[str, Any], free: set[str], save_minutes: float, opened: "Opened",
+                 stop: Stop) -> None:
+        self.out, self.settings, self.free, self.save_minutes, self.stop = out, settings, free, save_minutes, stop
         self.commit = runtime.commit()      # of the code that runs, read before anybody changes it
-        restarted = bool(distributed.max_over_ranks(distributed.restarted())[0])
-        opened = distributed.broadcast_from_rank0(
-            lambda: open_folder(out, settings, free, resume, overwrite, restarted, defaults))
-        self._replaces = opened.replaces
         self.finished = opened.finished     # the result of a run that has nothing left to do, else None
+        self._replaces = opened.replaces
 
         saved = opened.checkpoint or {}
         self.history: list[dict[str, Any]] = saved.pop("history", [])   # an entry an epoch
@@ -131,15 +98,31 @@ class Run:
         self.facts: dict[str, str] = saved.pop("facts", {})
         self.arithmetic: str = saved.pop("arithmetic", "")
         self._began = time.monotonic() - saved.pop("seconds", 0.0)
-        self._saved_training = saved        # of the role that was under way, until `restore` takes it up
-        # what is under way: set by `restore`, saved by `save`, over after `mark_done`
-        self._position: Position | None = None
-        self._saved: Mapping[str, Saved] = {}
-        self._guard: Guard | None = None
-        self._flush_first: list[Flushable] = []
+        self._training = saved              # of the role that was under way, until `restore` takes it up
         self._last_save = time.monotonic()
         self._records = Records(out)
-        self.stop = Stop()
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, out: Path, settings: Mapping[str, Any], free: set[str], save_minutes: float = 10.0,
+             resume: bool = False, overwrite: bool = False) -> Iterator["Run"]:
+        """The run in a folder, which no other process may use meanwhile. Signals stop it between two steps. Collective.
+
+        settings: recorded and compared, never interpreted; `free` names those that a resumed run may change.
+        overwrite: replace the run in the folder. `begin` does so, and until then the folder stays as it is.
+        Raises BadInput where the folder holds another run, something else, or a run with other settings.
+        """
+        with contextlib.ExitStack() as at_the_end:
+            stop = Stop()
+            stop.install()
+            at_the_end.callback(stop.restore)
+            # A notebook goes on in this process.
+            at_the_end.callback(runtime.tune_allocator, keep=False)
+            # torchrun has started the ranks again, so that the run that they began goes on.
+            resume = resume or bool(distributed.max_over_ranks(distributed.restarted())[0])
+            opened = distributed.broadcast_from_rank0(
+                lambda: open_folder(out, settings, free, resume, overwrite, at_the_end))
+            yield cls(out, settings, free, save_minutes, opened, stop)
 
     @property
     def seconds(self) -> float:
@@ -148,112 +131,83 @@ class Run:
 
     # ---- is it the same run? ------------------------------------------------------------------------------
 
-    def must_match(self, **facts: str) -> None:
-        """Compare what the settings stand for, such as dataset="<its digest>". Collective.
+    def begin(self, facts: Mapping[str, str], record: Mapping[str, Any], arithmetic: str) -> None:
+        """From here on the folder is a run. Called once data and models are found to be good. Collective.
 
-        Raises BadInput where ranks differ in that or in a setting, or where a resumed run meets other data, weights or
-        precision than it began with.
+        facts       what the settings stand for, such as dataset="<its digest>". They must be the same in every rank,
+                    and in a resumed run the same as before
+        record      what config.json holds beside the settings
+        arithmetic  the device, the precision and the kernels, in words: a resumed run says where it goes on with others
+
+        Raises BadInput where facts or settings differ, and where a run that is to be replaced cannot be removed.
         """
         distributed.check_same_on_all_ranks({**self.settings, **facts}, self.free)
-        self.facts = self.facts or facts
         for name, value in self.facts.items():
-            # Older runs recorded random weights, which are "none" now.
-            if facts[name] not in (value, "none"):
+            if facts[name] != value:
                 raise BadInput(f"--resume: what {cli.option_of(name)} stands for has changed since the run "
                                f"began; give it as it was, or start again with --overwrite")
-
-    def write_config(self, **facts: Any) -> None:
-        """Write config.json, which makes the folder a run. Called once data and models are found to be good.
-
-        Under `overwrite` the run that the folder held is removed first. facts: what config.json holds beside the
-        settings. Collective: no rank goes on before the old run is gone. Raises BadInput where it cannot be removed.
-        """
-        def write() -> None:
-            if self._replaces:
-                remove_run(self.out)
-            write_atomic(self.out / "config.json", json.dumps({**self.settings, **facts}, indent=2).encode())
-            (self.out / NOT_BEGUN).unlink(missing_ok=True)
-
-        distributed.broadcast_from_rank0(write)
-
-    def computes_with(self, arithmetic: str) -> None:
-        """Say so where a resumed run goes on with other arithmetic than before, and therefore not to the bit.
-
-        arithmetic: the device, the precision and the kernels, in words.
-        """
+        self.facts = dict(facts)
         if self.arithmetic not in ("", arithmetic):
             print(f"--resume: computed with {self.arithmetic} until here, and with {arithmetic} from here on: the "
                   f"result is not the same to the bit")
         self.arithmetic = arithmetic
 
+        def write() -> None:
+            if self._replaces:
+                remove_run(self.out)
+            write_atomic(self.out / "config.json", json.dumps({**self.settings, **record}, indent=2).encode())
+
+        distributed.broadcast_from_rank0(write)
+
     # ---- position and checkpoint ---------------------------------------------------------------------------
 
-    def restore(self, role: str, saved: Mapping[str, Saved], guard: Guard, device: torch.device) -> Position:
+    def restore(self, role: str, saved: Mapping[str, Saved], device: torch.device) -> Position:
         """The position of this role's training: its start, or where the checkpoint was.
 
-        saved: what a checkpoint holds besides the position, by name; filled from it in a resumed run. The run remembers
-        all of it: from now on `save` saves it, and a signal does so before the run stops. guard: asked before a save.
+        saved: what a checkpoint holds besides the position, by name; filled from it in a resumed run.
         """
         position = Position(role, torch.zeros((), dtype=devices.widest_float(device), device=device))
-        if "position" in self._saved_training:
-            checkpoint_content, self._saved_training = self._saved_training, {}
+        before, self._training = self._training, {}
+        if "position" in before:
             for name, thing in saved.items():
-                thing.load_state_dict(checkpoint_content[name])
-            values = {RENAMED.get(name, name): value for name, value in checkpoint_content["position"].items()}
+                thing.load_state_dict(before[name])
+            values = before["position"]
             position.loss_sum.fill_(values.pop("loss_sum"))
             position.clock = Clock(values.pop("train_seconds"))
             for name, value in values.items():
                 setattr(position, name, value)
-        self._position, self._saved, self._guard = position, saved, guard
         self._last_save = time.monotonic()
         return position
-
-    def flush_before_save(self, store: Flushable) -> None:
-        """Have `store` write its bytes before each checkpoint."""
-        self._flush_first.append(store)
 
     def save_is_due(self) -> bool:
         """Whether a signal came to any rank, or --save-minutes have passed. Collective."""
         late = time.monotonic() - self._last_save > 60 * self.save_minutes
         return any(distributed.max_over_ranks(self.stop.signal, late))
 
-    def save(self) -> None:
-        """Write the checkpoint. Collective.
-
-        Raises TrainingFault where a weight is not finite or the disk is full, and Stopped after a signal.
-        """
-        assert self._position and self._guard
-        position = self._position
-        self._guard.check()                 # a NaN must never reach the disk
+    def save(self, position: Position, saved: Mapping[str, Saved]) -> None:
+        """Write the checkpoint. Collective. Raises TrainingFault where the disk is full, and Stopped after a signal."""
         running = position.clock.pause()
-        for store in self._flush_first:
-            store.flush()
         checkpoint.save(self.out / "last.ckpt", {
             "history": self.history, "roles_done": self.roles_done, "facts": self.facts,
             "arithmetic": self.arithmetic, "seconds": self.seconds,
             "position": {"role": position.role, "epoch": position.epoch, "step": position.step,
                          "loss_sum": distributed.mean_over_ranks(position.loss_sum).item(),
-                         "train_seconds": position.clock.seconds, "kept_accuracy": position.kept_accuracy,
+                         "train_seconds": position.clock.seconds, "kept_score": position.kept_score,
                          "kept_epoch": position.kept_epoch},
-            **{name: thing.state_dict() for name, thing in self._saved.items()}})
+            **{name: thing.state_dict() for name, thing in saved.items()}})
         self._last_save = time.monotonic()
-        # the ranks meet here, so that the logits of all of them are on the disk before any goes on
-        self._raise_if_stopped()
+        # The ranks meet here, so that the logits of all of them are on the disk before any goes on.
+        self.stop_if_requested()
         if running:
             position.clock.start()
 
-    def stop_if_requested(self) -> None:
-        """After a signal to any rank: save a training that is under way, then raise Stopped. Collective."""
-        if distributed.max_over_ranks(self.stop.signal)[0]:
-            if self._position:
-                self.save()
-            self._raise_if_stopped()
-
-    def _raise_if_stopped(self) -> None:
+    def stop_if_requested(self, save: Callable[[], None] = lambda: None) -> None:
+        """After a signal to any rank: `save` a training that is under way, then raise Stopped. Collective."""
         if number := distributed.max_over_ranks(self.stop.signal)[0]:
+            save()
             raise Stopped(number)
 
-    # ---- log and roles -------------------------------------------------------------------------------------
+    # ---- log, roles and result -----------------------------------------------------------------------------
 
     def log(self, entry: dict[str, Any]) -> None:
         """Add an epoch to the history, metrics.jsonl and TensorBoard."""
@@ -267,61 +221,17 @@ class Run:
     def mark_done(self, role: str) -> None:
         """This role's training is complete; there is nothing of it left to save."""
         self.roles_done.append(role)
-        self._position = None
-
-    def kept_accuracy(self, role: str, select: str) -> float:
-        """The validation accuracy of a role's weights that were kept: of the "best" or the "last" of its epochs."""
-        accuracies = [entry["accuracy"] for entry in self.history if entry["role"] == role]
-        return accuracies[-1] if select == "last" else max(accuracies)
-
-    def load_kept(self, role: str, model: nn.Module) -> None:
-        """Put the kept weights of a role, which are on rank 0's disk, into every rank's `model`."""
-        merge_head(model)                   # as in the folder
-        distributed.broadcast_from_rank0(lambda: self._load_saved(role, model))
-        distributed.broadcast_weights(model)
-
-    def _load_saved(self, role: str, model: nn.Module) -> None:
-        try:
-            models.load_saved(self.out / role, model)
-        except (OSError, safetensors.SafetensorError) as error:
-            raise BadInput(f"{self.out / role}: its weights cannot be read ({one_line(error)}); put them "
-                           "back, or start again with --overwrite") from error
 
     def write_result(self, result: dict[str, Any]) -> dict[str, Any]:
         """Write result.json, unless the run had ended but for its page; returns what it holds."""
         path = self.out / "result.json"
         if path.exists():
             return json.loads(path.read_text("utf-8"))
-        write_atomic(path, json.dumps(result, indent=2).encode())
+        write_atomic(path, json.dumps(result).encode())
         return result
 
 
 # ---- the folder ------------------------------------------------------------------------------------------------
-
-def default_folder(recipe: str, dataset: str, config: str, own_dataset: str) -> Path:
-    """The folder of a run without --out. Two data sets never share one.
-
-    own_dataset: the recipe's, whose runs have the folder runs/RECIPE. Other data add their Hub id, or their path from
-    the working directory (absolute where they lie outside), and their --config. A slash becomes "--".
-    """
-    if (dataset, config) == (own_dataset, ""):
-        return Path("runs", recipe)
-    name, path = dataset, Path(dataset).expanduser()
-    if path.exists() or dataset.startswith(("/", "~", ".")):
-        name = os.path.abspath(path).removeprefix(os.path.join(os.getcwd(), ""))
-    words = [re.sub(r"[^\w.-]", "-", word.replace("/", "--")) for word in (name, config) if word]
-    return Path("runs", f"{recipe}-{'@'.join(words)}")
-
-
-def refuse_inside(out: Path, flag: str, path: str) -> None:
-    """Raise BadInput where `path`, the value of `flag`, is a file or folder that --overwrite removes from `out`."""
-    place = Path(path).expanduser().resolve()
-    for name in RUN_FOLDERS + RUN_FILES:
-        part = (out / name).resolve()
-        if place.exists() and part in (place, *place.parents):
-            raise BadInput(f"{flag} {path}: --overwrite would remove it with the run in {out}; copy it to another "
-                           f"place first, or give another --out")
-
 
 class Opened(NamedTuple):
     """What `open_folder` found."""
@@ -332,90 +242,56 @@ class Opened(NamedTuple):
 
 
 def open_folder(out: Path, settings: Mapping[str, Any], free: set[str], resume: bool, overwrite: bool,
-                restarted: bool = False, defaults: Mapping[str, Any] = {}) -> Opened:
+                at_the_end: contextlib.ExitStack) -> Opened:
     """Make the folder of a run, if need be, and read the run in it under `resume`. Nothing of a run is removed.
 
-    restarted: torchrun has started the ranks again, so that the run that they began goes on.
-
-    What makes a folder a run is its config.json. The folder stays locked until `unlocked` ends, so that no other
-    process trains there. Raises BadInput where the folder holds another run and neither
-    `resume` nor `overwrite` is given, where it holds something else, where another process trains in it, and where a
-    resumed run has another setting than before (those in `free` aside).
+    What makes a folder a run is its config.json. The folder is locked until `at_the_end`. Raises BadInput where the
+    folder holds another run and neither `resume` nor `overwrite` is given, where it holds something else, where another
+    process trains in it, and where a resumed run has another setting than before (those in `free` aside).
     """
     record = out / "config.json"
     try:
-        resume = resume or restarted and not (out / NOT_BEGUN).exists()
         holds_run = out.exists() and any(path for path in out.iterdir()
                                          if path.name != LOCK and not path.match(".config.json.*.tmp"))
-        if holds_run and not is_run(out):
+        # A saved model has a config.json, too, but beside its weights.
+        if holds_run and not (record.is_file() and not (out / "model.safetensors").exists()):
             raise BadInput(f"--out {out}: holds files that are not a run; give another folder")
         out.mkdir(parents=True, exist_ok=True)
-        lock(out)       # before anything is written: the folder may be another process's
+        at_the_end.enter_context(locked(out))      # before anything is written: the folder may be another process's
         if holds_run and not (resume or overwrite):
-            mark_not_begun(out)
             raise BadInput(f"--out {out}: holds another run; go on with --resume, replace it with --overwrite, or give "
                            f"another folder")
-
         sweep(out)
-        if holds_run and resume:
-            _check_settings({**defaults, **json.loads(record.read_text("utf-8"))}, settings, free)
-            saved = checkpoint.load(out / "last.ckpt")
-            return Opened(saved, read_finished(out, saved), replaces=False)
-        if holds_run:
-            mark_not_begun(out)     # after `sweep`, which removes the mark of an earlier start
-        return Opened(None, None, replaces=holds_run)
+        if not (holds_run and resume):
+            return Opened(None, None, replaces=holds_run)
+        _check_settings(json.loads(record.read_text("utf-8")), settings, free)
+        saved, result = checkpoint.load(out / "last.ckpt"), out / "result.json"
+        # A run that lacks only its page goes on from its checkpoint.
+        finished = result.exists() and ((out / "report.html").exists() or saved is None)
+        return Opened(saved, json.loads(result.read_text("utf-8")) if finished else None, replaces=False)
     except OSError as error:
         raise BadInput(f"--out {out}: {error.strerror}; give a folder that can be written") from error
     except ValueError as error:
         raise BadInput(f"{record}: not readable ({error}); replace the run with --overwrite") from error
 
 
-def mark_not_begun(out: Path) -> None:
-    """Tell ranks that torchrun restarts that the run in this folder is not theirs."""
-    if torch.distributed.is_torchelastic_launched():
-        (out / NOT_BEGUN).touch()
-
-
-def lock(out: Path) -> None:
-    """Lock a folder, unless this thread has done so already. Raises BadInput where another process has."""
-    place = out.resolve()
-    if place in _locked.by_folder:
-        return
-    held = FileLock(out / LOCK)
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Lock a folder. Raises BadInput where another process has."""
+    lock = FileLock(out / LOCK)
     try:
-        held.acquire(timeout=0)
+        lock.acquire(timeout=0)
     except Timeout:
         raise BadInput(f"--out {out}: another process is training there; wait for it, stop it, or give another folder"
                        ) from None
     except (OSError, NotImplementedError):      # a disk without locks, or one that is read only
-        return
-    _locked.by_folder[place] = held
-
-
-@contextlib.contextmanager
-def unlocked() -> Iterator[None]:
-    """Unlock the folders of this thread's runs at the end. Also a decorator."""
+        pass
     try:
         yield
     finally:
-        while _locked.by_folder:
-            folder, held = _locked.by_folder.popitem()
-            with contextlib.suppress(OSError):      # Windows removes no open file
-                (folder / LOCK).unlink()
-            held.release()
-
-
-def is_run(out: Path) -> bool:
-    """Whether a folder holds a run. A saved model has a config.json, too, but beside its weights."""
-    return (out / "config.json").is_file() and not (out / "model.safetensors").exists()
-
-
-def read_finished(out: Path, saved: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The result of a run that has nothing left to do. One that lacks only its page goes on from its checkpoint."""
-    result = out / "result.json"
-    if result.exists() and ((out / "report.html").exists() or saved is None):
-        return json.loads(result.read_text("utf-8"))
-    return None
+        if lock.is_locked:
+            (out / LOCK).unlink(missing_ok=True)
+        lock.release()
 
 
 def remove_run(out: Path) -> None:
@@ -441,7 +317,7 @@ def _check_settings(before: dict[str, Any], settings: Mapping[str, Any], free: s
 
 def sweep(out: Path) -> None:
     """Remove what a killed process was writing: temporary files, and saved folders that were not swapped in."""
-    for path in [*out.glob(".*.tmp"), *out.glob("*/.*.tmp")]:
+    for path in out.glob(".*.tmp"):
         path.unlink()
     for name in RUN_FOLDERS:
         if (out / f".{name}.old").exists() and not (out / name).exists():  # killed between the two renames

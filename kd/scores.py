@@ -33,41 +33,41 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 def scores(logits: np.ndarray, labels: np.ndarray,
            teacher_logits: np.ndarray | None = None) -> dict[str, Any]:
-    """All scores of logits `(N, C)` against labels `(N,)`, as plain numbers and lists, ready for JSON.
+    """All scores of logits `(N, C)` against labels `(N,)`, as plain numbers, ready for JSON.
 
-    `loss` is the cross-entropy, in nats. `agreement_with_teacher` is the share of samples on which
-    student and teacher predict the same class, and is there only if `teacher_logits` are given.
+    `loss` is the cross-entropy, in nats. `agreement_with_teacher` is the share of samples on which student and teacher
+    predict the same class, and is there only if `teacher_logits` are given.
     """
     log_probabilities = log_softmax(logits)
     predicted = logits.argmax(axis=1)
-    confusion = confusion_matrix(labels, predicted, logits.shape[1])
-    correct = int(np.trace(confusion))
+    correct = int((predicted == labels).sum())
     result = {
         "accuracy": correct / len(labels), "correct": correct, "total": len(labels),
-        "macro_f1": macro_f1(confusion),
+        "macro_f1": macro_f1(labels, predicted),
         "loss": float(-log_probabilities[np.arange(len(labels)), labels].mean()),
         "calibration_error": calibration_error(np.exp(log_probabilities.max(axis=1)),
                                                predicted == labels),
-        "confusion": confusion.tolist(),
     }
     if teacher_logits is not None:
         result["agreement_with_teacher"] = float(np.mean(teacher_logits.argmax(axis=1) == predicted))
     return result
 
 
-def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
-    """`(C, C)` int64: a row is the true class, a column the predicted one."""
-    cells = np.bincount(labels * classes + predicted, minlength=classes * classes)
-    return cells.reshape(classes, classes)
+def confusions(labels: np.ndarray, predicted: np.ndarray) -> list[tuple[int, int, int]]:
+    """(true class, predicted class, count) of every pair that occurs, the most frequent first. Both `(N,)` int64."""
+    pairs, counts = np.unique(np.stack([labels, predicted], 1), axis=0, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    return [(int(true), int(other), int(count)) for (true, other), count in zip(pairs[order], counts[order])]
 
 
-def macro_f1(confusion: np.ndarray) -> float:
+def macro_f1(labels: np.ndarray, predicted: np.ndarray) -> float:
     """The mean of F1 = 2·TP / (2·TP + FP + FN) over the classes that are true or predicted somewhere.
 
     Other classes have no F1, and scikit-learn leaves them out as well.
     """
-    true_positives = np.diag(confusion)
-    true_and_predicted = confusion.sum(axis=0) + confusion.sum(axis=1)
+    classes = int(max(labels.max(), predicted.max())) + 1
+    true_positives = np.bincount(labels[labels == predicted], minlength=classes)
+    true_and_predicted = np.bincount(labels, minlength=classes) + np.bincount(predicted, minlength=classes)
     present = true_and_predicted > 0
     return float(np.mean(2 * true_positives[present] / true_and_predicted[present]))
 
@@ -102,14 +102,6 @@ def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = B
     return float(sum(gaps))
 
 
-def test_row(name: str, params: int, test_scores: dict[str, Any], validation_accuracy: float) -> dict[str, Any]:
-    """One model in result.json: its test scores, and the validation accuracy of the same weights."""
-    row: dict[str, Any] = {"model": name, "params": params, "validation_accuracy": validation_accuracy}
-    for key, value in test_scores.items():
-        row[f"test_{key}" if key in ("accuracy", "macro_f1", "correct", "total") else key] = value
-    return row
-
-
 # ---- is the teacher good enough? --------------------------------------------------------------
 
 def refuse_weak(teacher: str, logits: np.ndarray, labels: np.ndarray, say: Callable[[str], None] = print) -> None:
@@ -123,13 +115,14 @@ def refuse_weak(teacher: str, logits: np.ndarray, labels: np.ndarray, say: Calla
 
     # A few pictures cannot tell a good teacher from chance. A perfect one must pass, and so must one that is nearer to
     # perfect than to chance: whose kappa (Cohen 1960) is at least 1/2.
-    confusion = confusion_matrix(labels, predicted, logits.shape[1])
-    correct, by_chance = int(np.trace(confusion)), confusion.sum(axis=0) @ confusion.sum(axis=1) / total
+    true, answers = np.bincount(labels), np.bincount(predicted, minlength=logits.shape[1])
+    correct = int((predicted == labels).sum())
+    by_chance = float(true @ answers[:len(true)]) / total
     if chance_p(labels, labels) > SIGNIFICANCE or correct >= (by_chance + total) / 2:
         say(f"teacher: {correct} of {total} right on validation, which is too small or too uneven to tell a good "
             f"teacher from chance")
         return
-    constant = confusion.sum(axis=1).max()      # right answers of a teacher that always names the largest class
+    constant = true.max()                       # right answers of a teacher that always names the largest class
     raise BadInput(f"--teacher {teacher}: {100 * correct / total:.1f} % on validation is near chance (the largest "
                    f"class alone is {100 * constant / total:.1f} %): its soft targets would be noise; go on all the "
                    f"same with --resume --allow-weak-teacher, or start again with more --teacher-epochs or trained "

@@ -13,7 +13,6 @@ The random numbers are made on the host, about ten a sample. The pixels are made
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd import augmentations
-from kd.augmentations import (AREA, ASPECT, BRIGHTNESS, CONTRAST, FLIP_X, FLIP_Y, LEFT, PARTNER, PARTNER_SHARE,
-                              RANDOM_NUMBERS, SATURATION, TOP, Augmentation)
+from kd.augmentations import (AREA, ASPECT, BRIGHTNESS, CONTRAST, FLIP_X, FLIP_Y, LEFT, RANDOM_NUMBERS, SATURATION,
+                              TOP, Augmentation)
+from kd.data.frames import Split
 from kd.machine.devices import host_array, to_device
 
 # The teacher's logits of a view are kept on disk. They are valid only for the code that made the view.
@@ -70,7 +70,7 @@ def uniforms(seed: int, samples: np.ndarray, view: int, count: int = RANDOM_NUMB
 # ---- one view ------------------------------------------------------------------------------------------------
 
 def make_views(frames: Tensor, samples: np.ndarray, view: int, views: Views) -> Tensor:
-    """One view of each sample, before mixup, which needs two of them (`mix`).
+    """One view of each sample.
 
     frames   uint8 `(B, R, R, 3)`, the decoded samples
     samples  int64 `(B,)`, their numbers in the split
@@ -142,60 +142,13 @@ def crop_boxes(random: np.ndarray, smallest: float) -> tuple[np.ndarray, ...]:
     return random[:, LEFT] * (1 - width), random[:, TOP] * (1 - height), width, height
 
 
-# ---- mixup: two views in one ----------------------------------------------------------------------------------
+# ---- from the decoded pictures to the device -------------------------------------------------------------------
 
-def mixup_partners(samples: np.ndarray, view: int, views: Views, total: int) -> tuple[np.ndarray, np.ndarray]:
-    """For each sample a partner among all `total`, int64 `(B,)`, and its share, float64 `(B,)` in [0, mixup / 2]."""
-    random = uniforms(views.seed, samples, view)
-    partners = np.minimum((random[:, PARTNER] * total).astype(np.int64), total - 1)
-    return partners, random[:, PARTNER_SHARE] * views.augmentation.mixup / 2
+def load_views(split: Split, samples: np.ndarray, view: int, views: Views, device: torch.device) -> Tensor:
+    """Read the frames of `samples`, int64 `(B,)`, and make one view of each.
 
-
-def mix(pixels: Tensor, others: Tensor, share: np.ndarray) -> Tensor:
-    """Mixup (Zhang et al. 2018) of uint8 `(B, 3, H, W)`: `others` enters with `share`, `(B,)` in [0, 1]."""
-    weight = to_device(share.astype(np.float32), pixels.device)[:, None, None, None]
-    mixed = pixels.float() * (1 - weight) + others.float() * weight
-    return mixed.round_().to(torch.uint8).contiguous(memory_format=torch.channels_last)
-
-
-def mixed_labels(labels: np.ndarray, others: np.ndarray, share: np.ndarray, classes: int) -> np.ndarray:
-    """Class probabilities float32 `(B, C)`: one-hot labels, mixed as the pictures were.
-
-    A picture without a label (NO_LABEL) brings zeros, and so has no part in the cross-entropy.
-    """
-    one_hot = np.vstack([np.eye(classes, dtype=np.float32), np.zeros((1, classes), np.float32)])
-    labels, others = (np.where(each < 0, classes, each) for each in (labels, others))
-    weight = share.astype(np.float32)[:, None]
-    return one_hot[labels] * (1 - weight) + one_hot[others] * weight
-
-
-# ---- from the store of frames to the device -------------------------------------------------------------------
-
-class Readable(Protocol):
-    """Resized pictures by number, such as `kd.data.frames.Frames`."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(N, R, R, 3)."""
-
-    def __len__(self) -> int: ...
-
-    def read(self, numbers: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """uint8 `(B, R, R, 3)`, written into `out` where that is given."""
-
-
-def load_views(frames: Readable, samples: np.ndarray, view: int, views: Views, device: torch.device) -> Tensor:
-    """Read the frames of `samples` and make one view of each, mixed with its partner's under mixup.
-
-    frames  those of the whole split, from which mixup takes partners
     Returns uint8 `(B, 3, size, size)`, channels_last, on `device`.
     """
-    def views_of(numbers: np.ndarray) -> Tensor:
-        pictures = host_array((len(numbers), *frames.shape[1:]), device)
-        frames.read(numbers, out=pictures.numpy())
-        return make_views(to_device(pictures, device), numbers, view, views)
-
-    if not views.augmentation.mixup:
-        return views_of(samples)
-    partners, share = mixup_partners(samples, view, views, len(frames))
-    return mix(views_of(samples), views_of(partners), share)
+    frames = host_array((len(samples), *split.shape[1:]), device)
+    split.read(samples, out=frames.numpy())
+    return make_views(to_device(frames, device), samples, view, views)

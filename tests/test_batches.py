@@ -8,14 +8,12 @@ from hypothesis import strategies as st
 
 from kd.augmentations import AUGMENTATIONS
 from kd.batches import count_batches, epoch_batches, load_batches
-from kd.data.frames import Data, Split
 from kd.machine import distributed
 from kd.views import Views, load_views
 from tests.helpers.frames import noise
 
 CPU = torch.device("cpu")
-SPLIT = Split(noise(23), np.arange(23) % 3)  # type: ignore[arg-type]
-DATA = Data(("a", "b", "c"), SPLIT, SPLIT, SPLIT)
+SPLIT = noise(23)       # whose labels are 0, 1, 2, 0, 1, 2, ...
 
 
 @settings(deadline=None, derandomize=True, max_examples=60)
@@ -42,24 +40,26 @@ def test_every_epoch_has_as_many_steps(samples, batch_size, epoch):
     assert count_batches(samples, batch_size) == len(epoch_batches(3, epoch, samples, batch_size))
 
 
-@pytest.mark.parametrize("name", ["crop", "mixup"])
-def test_a_batch_holds_the_views_and_labels_of_its_samples(name):
-    views = Views(3, 32, AUGMENTATIONS[name], 2)
-    batches = list(load_batches(DATA, views, 5, 4, 0, CPU))
+def test_a_batch_holds_the_views_labels_and_stored_answers_of_its_samples():
+    views = Views(3, 32, AUGMENTATIONS["crop"], 2)
+
+    def stored(view, samples):
+        return torch.from_numpy(samples * 10.0 + view) if 7 in samples else None
+
+    batches = list(load_batches(SPLIT, views, 5, 4, 0, CPU, stored))
     assert len(batches) == count_batches(23, 4)
     assert sorted(np.concatenate([batch.samples for batch in batches])) == list(range(23))
     for batch in batches:
         assert batch.view == 1 and batch.split is SPLIT and (batch.total, batch.weight) == (len(batch.samples), 1.0)
-        assert torch.equal(batch.pixels, load_views(SPLIT.frames, batch.samples, 1, views, CPU))
-        if name == "crop":
-            assert batch.labels.tolist() == (batch.samples % 3).tolist()
-        else:
-            assert batch.labels.shape == (len(batch.samples), 3) and torch.allclose(batch.labels.sum(1), torch.ones(1))
+        assert torch.equal(batch.pixels, load_views(SPLIT, batch.samples, 1, views, CPU))
+        assert batch.labels.tolist() == (batch.samples % 3).tolist()
+        expected = (batch.samples * 10 + 1).tolist() if 7 in batch.samples else None
+        assert (batch.stored if batch.stored is None else batch.stored.tolist()) == expected
 
 
 def test_a_resumed_epoch_goes_on_with_the_batches_that_are_left():
     views = Views(0, 32, AUGMENTATIONS["flip"], 0)
-    whole, rest = (list(load_batches(DATA, views, 2, 4, start, CPU)) for start in (0, 3))
+    whole, rest = (list(load_batches(SPLIT, views, 2, 4, start, CPU)) for start in (0, 3))
     assert len(rest) == len(whole) - 3
     for one, other in zip(whole[3:], rest, strict=True):
         assert np.array_equal(one.samples, other.samples) and torch.equal(one.pixels, other.pixels)
@@ -70,7 +70,7 @@ def test_the_weights_of_unequal_shares_average_to_one(monkeypatch):
     shares = []
     for rank in (0, 1):
         monkeypatch.setattr(distributed, "rank", lambda: rank)
-        shares.append(list(load_batches(DATA, Views(0, 32, AUGMENTATIONS["none"], 1), 0, 8, 0, CPU)))
+        shares.append(list(load_batches(SPLIT, Views(0, 32, AUGMENTATIONS["none"], 1), 0, 8, 0, CPU)))
     for one, other in zip(*shares, strict=True):
         assert one.total == other.total == len(one.samples) + len(other.samples)
         assert (one.weight + other.weight) / 2 == pytest.approx(1)

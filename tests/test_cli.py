@@ -7,19 +7,19 @@ from pathlib import Path
 
 import pytest
 
-import train
 from kd import BadInput, TrainingFault, cli
+from kd.config import RECIPES, Config
 from kd.tools import arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def parse(*argv: str) -> train.Config:
-    return cli.parse_config(train.Config, train.RECIPES, list(argv), "")
+def parse(*argv: str) -> Config:
+    return cli.parse_config(Config, RECIPES, list(argv), "")
 
 
 def test_flags_override_the_recipe_which_overrides_the_defaults():
-    assert parse("--recipe", "tutorial").lr == train.Config().lr == 5e-5
+    assert parse("--recipe", "tutorial").lr == Config().lr == 5e-5
     assert parse().recipe == "demo" and parse().dataset == "leaves"
     assert parse("--lr", "0.5", "--control").lr == 0.5
     assert parse("--recipe", "tutorial").control is False
@@ -27,7 +27,7 @@ def test_flags_override_the_recipe_which_overrides_the_defaults():
 
 
 def test_the_recipes_only_set_what_is_a_flag():
-    for name in train.RECIPES:
+    for name in RECIPES:
         assert parse("--recipe", name).recipe == name
 
 
@@ -104,7 +104,7 @@ def test_a_path_that_sounds_like_a_network_is_only_a_path(capsys):
         raise BadInput("--dataset /data/igloo: no such folder")
 
     with pytest.raises(SystemExit) as left:
-        cli.run(main, train.Config())
+        cli.run(main, Config())
     assert left.value.code == 2 and "error: --dataset /data/igloo: no such folder\n" in capsys.readouterr().err
 
 
@@ -119,10 +119,29 @@ def test_a_bug_keeps_its_traceback():
 def test_the_command_gives_the_config_again():
     for words in (["--recipe", "tutorial"], ["--seed", "4", "--control", "--lr", "0.01"],
                   ["--recipe", "best", "--teacher", "tf_efficientnet_lite0", "--augment", "crop", "--views", "0"]):
-        config = cli.parse_config(train.Config, train.RECIPES, words, "")
-        command = cli.command(config, train.RECIPES, train.FREE_ON_RESUME)
+        config = cli.parse_config(Config, RECIPES, words, "")
+        command = cli.command(config, RECIPES)
         assert command.startswith("python train.py")
-        assert cli.parse_config(train.Config, train.RECIPES, command.split()[2:], "") == config
-    assert cli.command(train.Config(dataset="a/b c/d"), {}, set()).endswith("--dataset d")
+        assert cli.parse_config(Config, RECIPES, command.split()[2:], "") == config
+    assert cli.command(Config(dataset="a/b c/d"), {}).endswith("--dataset d")
     assert [cli.base_name(name) for name in ("someone/toy", "/x/beans", "~/beans", "./b", "imagenet", "a/b/c")] == [
         "someone/toy", "beans", "beans", "b", "imagenet", "c"]
+
+
+@pytest.mark.parametrize("dataset, config, folder", [
+    ("beans", "", "tutorial"), ("leaves", "", "tutorial-leaves"), ("beans", "small", "tutorial-beans@small"),
+    ("someone/beans", "", "tutorial-someone--beans"), ("someone/beans", "a b/c", "tutorial-someone--beans@a-b--c"),
+    ("photos", "", "tutorial-photos"), ("./photos/", "", "tutorial-photos"), ("HERE/photos", "", "tutorial-photos"),
+    ("photos/côte d'azur", "", "tutorial-photos--côte-d-azur"), ("/data/photos", "", "tutorial---data--photos"),
+    ("~/photos", "", "tutorial---home--me--photos")])
+def test_every_data_set_has_a_default_folder_of_its_own(tmp_path, monkeypatch, dataset, config, folder):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    (tmp_path / "photos").mkdir()
+    cfg = Config(recipe="tutorial", dataset=dataset.replace("HERE", str(tmp_path)), config=config)
+    assert cfg.folder() == Path("runs", folder)
+
+
+def test_the_default_folder_is_the_recipes_for_its_own_data_only():
+    assert parse().folder() == Path("runs/demo") and parse("--dataset", "beans").folder() == Path("runs/demo-beans")
+    assert parse("--out", "here").folder() == Path("here")

@@ -11,6 +11,7 @@ import torch
 import train
 from kd import BadInput, features, models
 from kd.fast.folding import for_inference
+from kd.machine import runtime
 from kd.features import ReusedHead, logits_and_features, merge_head, reuse_head, width
 from kd.teacher import StoreOptions
 
@@ -101,7 +102,7 @@ def test_the_merged_head_gives_the_same_logits_and_is_what_timm_builds():
 
 def test_a_run_of_simkd_saves_a_plain_student_with_the_teachers_classes(tiny):
     result = train.main(dataclasses.replace(tiny, method="simkd", kd_weight=1.0, control=True))
-    opened, _, _, classes = models.open_saved(str(Path(tiny.out) / "student"))
-    assert classes == ("blob", "plain", "stripes")
-    assert models.parameters(opened) == result["student"]["params"] == result["control"]["params"]
-    assert type(opened.classifier) is torch.nn.Linear
+    saved = models.open_saved(str(Path(tiny.out) / "student"), runtime.start("cpu", "off", "off"))
+    assert saved.classes == ("blob", "plain", "stripes")
+    assert models.parameters(saved.model) == result["student"]["params"] == result["control"]["params"]
+    assert type(saved.model.classifier) is torch.nn.Linear

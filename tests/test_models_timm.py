@@ -16,6 +16,7 @@ from torch import nn
 from kd import models
 from kd.data.decoding import open_picture, to_frame
 from kd.data.frames import center_crop
+from kd.machine import runtime
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -37,28 +38,32 @@ def our_input(size: int, prep: models.Preprocessing) -> torch.Tensor:
     """(6, 3, size, size): PICTURES as in training and prediction."""
     side = math.floor(size / prep.crop_pct)
     frames = np.stack([to_frame(open_picture(encoded, "x"), size, side, prep.interpolation) for encoded in PICTURES])
-    return models.normalize(torch.tensor(center_crop(frames, size)).permute(0, 3, 1, 2).contiguous(), prep)
+    pixels = torch.tensor(center_crop(frames, size)).permute(0, 3, 1, 2).contiguous()
+    return models.FromPixels(nn.Identity(), prep)(pixels)
 
 
 def assert_timm_agrees(model: nn.Module, folder: Path, size: int) -> dict[str, Any]:
     """Save `model`; timm must load the same model and make the same input of each picture. Returns what it read."""
     prep = models.preprocessing(model)
     # in training the weights are channels_last; saved and loaded they are contiguous, as timm has them
-    models.save(model.to(memory_format=torch.channels_last), folder, CLASSES, prep, size, "a card")
+    on_cpu = runtime.start("cpu", "off", "off")
+    classifier = models.Classifier(model.to(memory_format=torch.channels_last), prep, size, CLASSES, on_cpu)
+    models.save(classifier, folder, "a card")
     model = model.to(memory_format=torch.contiguous_format).eval()
 
     theirs: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     declared = timm.data.resolve_data_config({}, model=theirs)
     transform = timm.data.create_transform(**declared)
-    opened, *rest = models.open_saved(str(folder))
-    assert rest == [prep, size, CLASSES]
+    opened = models.open_saved(str(folder), on_cpu)
+    assert opened[1:4] == (prep, size, CLASSES)
+    contiguous = opened.model.to(memory_format=torch.contiguous_format)     # channels_last rounds differently
     assert timm.data.resolve_data_config({}, model=theirs, use_test_size=True) == declared
     upright = [ImageOps.exif_transpose(Image.open(io.BytesIO(encoded))).convert("RGB") for encoded in PICTURES]
     x = torch.stack([transform(image) for image in upright])
     assert torch.equal(our_input(size, prep), x)        # also mean and std: to the bit
     with torch.no_grad():
         expected = model(x)
-        assert torch.equal(theirs(x), expected) and torch.equal(opened(x), expected)
+        assert torch.equal(theirs(x), expected) and torch.equal(contiguous(x), expected)
     return declared
 
 

@@ -34,6 +34,7 @@ class Mean(torch.nn.Module):
 def test_logits_come_in_the_order_of_the_samples_with_a_ragged_last_batch(monkeypatch):
     monkeypatch.setattr(predict, "BATCH", 3)
     frames, prep = Frames(), models.Preprocessing((0., 0., 0.), (1., 1., 1.), "bicubic", 0.5)
-    logits = predict.predict(Mean().train(), frames, prep, 2, runtime.start("cpu", "off", "off"), "test")
+    classifier = models.Classifier(Mean().train(), prep, 2, ("a", "b"), runtime.start("cpu", "off", "off"))
+    logits = predict.predict(classifier, frames, "test")  # type: ignore[arg-type]
     assert frames.batches == [[0, 1, 2], [3, 4, 5], [6]]
     assert np.allclose(logits, [[i, -i] for i in range(7)], atol=1e-5) and logits.dtype == np.float32

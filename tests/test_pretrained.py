@@ -17,9 +17,11 @@ from huggingface_hub import constants
 from torch import nn
 
 from kd import BadInput, models
+from kd.machine import runtime
 from tests.helpers import standin_hub
 
 CLASSES = ("ant", "bee", "cat", "dog")
+MACHINE = runtime.start("cpu", "off", "off", "off")
 
 
 def make(name: str = "test_resnet", classes: tuple[str, ...] = CLASSES, weights: str | Path = "none",
@@ -29,7 +31,7 @@ def make(name: str = "test_resnet", classes: tuple[str, ...] = CLASSES, weights:
 
 
 def save(model: nn.Module, folder: Path, classes: tuple[str, ...] = CLASSES, size: int = 32) -> Path:
-    models.save(model, folder, classes, models.preprocessing(model), size, "a card")
+    models.save(models.Classifier(model, models.preprocessing(model), size, classes, MACHINE), folder, "a card")
     return folder
 
 
@@ -91,7 +93,7 @@ def test_a_file_that_needs_code_or_holds_no_weights_is_one_line(tmp_path, monkey
                 "raw.pkl": "not a readable weights file", "text.pth": "not a readable", "empty.bin": "not a readable",
                 "cut.pth": "not a readable", "list.pth": "not a readable", "no-tensors.pth": "holds no weights",
                 "inf.pth": "fc.bias holds NaN or infinite",
-                "part.pth": "another model than test_resnet: bn1.weight is missing .1 missing, 0 unknown, 0 of another"}
+                "part.pth": "another model than test_resnet: bn1.weight is missing .1 such"}
     for name, text in expected.items():
         with pytest.raises(BadInput, match=f"^{name}: .*{text}") as caught:
             make(weights=name)
@@ -140,14 +142,11 @@ def test_a_file_in_the_layout_of_the_models_authors_loads_with_its_values(tmp_pa
     assert torch.equal(other.state_dict()["stem.0.weight"], model.state_dict()["stem.0.weight"])
 
 
-def test_a_file_of_another_model_is_refused_also_where_timm_takes_what_it_knows(tmp_path):
+def test_a_file_of_another_model_is_refused(tmp_path):
     torch.save(make("test_efficientnet").state_dict(), tmp_path / "x.pth")
-    for name in ("dla46_c", "swin_tiny_patch4_window7_224", "convnext_atto", "test_vit"):
-        with pytest.raises(BadInput, match=rf"x.pth: holds another model than {name}: .* is missing \(\d+ missing"):
+    for name in ("swin_tiny_patch4_window7_224", "convnext_atto", "test_vit"):
+        with pytest.raises(BadInput, match=rf"x.pth: holds another model than {name}: .* is missing \(\d+ such"):
             make(name, weights=tmp_path / "x.pth")
-    state = make("dla46_c").state_dict()        # old files of this one have layers that nothing uses
-    torch.save({**state, "level5.tree2.project.0.weight": torch.zeros(1)}, tmp_path / "dla.pth")
-    assert torch.equal(make("dla46_c", weights=tmp_path / "dla.pth").state_dict()["fc.weight"], state["fc.weight"])
 
 
 # Classes that come with the weights
@@ -175,8 +174,7 @@ def test_a_head_in_another_order_is_put_into_the_datas_order(tmp_path):
 
 
 @pytest.mark.parametrize("name, size", [
-    ("deit_tiny_distilled_patch16_224", 32), ("dla46_c", 32), ("levit_128s", 64), ("repvit_m0_9", 32),
-    ("efficientvim_m1", 64), ("convnext_atto", 32), ("test_efficientnet", 32), ("crossvit_tiny_240", 120)])
+    ("deit_tiny_distilled_patch16_224", 32), ("dla46_c", 32), ("convnext_atto", 32), ("test_efficientnet", 32)])
 def test_every_head_of_a_model_is_reordered(tmp_path, name, size):
     torch.manual_seed(0)
     model = make(name, size=size)
@@ -197,15 +195,14 @@ def test_a_head_of_other_classes_is_replaced(tmp_path):
     said: list[str] = []
     torch.manual_seed(1)
     loaded = make(classes=("ant", "bee", "cat", "elk"), weights=folder, said=said)
-    assert said == ["teacher: its classes are not the data's (only there: dog; only in the data: elk); the head of 4 "
-                    "classes was replaced by a random one of 4"]
+    assert said == ["teacher: the head of 4 classes for other classes (dog, …) was replaced by a random one of 4"]
     torch.manual_seed(1)
     assert random_head(loaded, model)
     assert torch.equal(loaded.state_dict()["fc.weight"], make().state_dict()["fc.weight"])     # random, from the seed
     said = []
     make(classes=tuple("pqrstu"), weights=folder, said=said)
-    assert said == ["teacher: its classes are not the data's (only there: ant, bee, cat, …; only in the data: p, q, "
-                    "r, …); the head of 4 classes was replaced by a random one of 6"]
+    assert said == ["teacher: the head of 4 classes for other classes (ant, bee, cat, …) was replaced by a random one "
+                    "of 6"]
     # a subset of the classes is another head too
     assert random_head(make(classes=("ant", "bee"), weights=folder), model)
 
@@ -238,7 +235,7 @@ def test_names_are_compared_in_nfc_and_may_be_written_in_every_way_that_timm_kno
         rewrite(folder, label_names=names)
         said = []
         assert random_head(make(classes=classes, weights=folder, said=said), model)
-        assert "its classes are not the data's" in said[0]
+        assert "was replaced by a random one" in said[0]
 
 
 def test_a_config_that_is_not_timms_says_nothing_and_a_broken_one_is_refused(tmp_path):
@@ -264,7 +261,7 @@ def test_a_folder_of_timm_with_a_pickle_is_read_too(tmp_path):
 def test_the_preprocessing_and_the_architecture_of_the_weights_are_not_ignored(tmp_path):
     model = make()
     prep = models.Preprocessing((.5, .5, .5), (.25, .25, .25), "bilinear", .9)
-    models.save(model, tmp_path / "teacher", CLASSES, prep, 32, "a card")
+    models.save(models.Classifier(model, prep, 32, CLASSES, MACHINE), tmp_path / "teacher", "a card")
     said: list[str] = []
     loaded = make(weights=tmp_path / "teacher", said=said)
     assert models.preprocessing(loaded)[:3] == prep[:3]
@@ -300,8 +297,8 @@ def test_a_folder_gives_the_architecture_its_arguments_the_weights_and_the_class
     assert models.digest(fresh) == models.digest(make(classes=("a", "b")))
     # what is saved of it keeps the arguments
     folder = save(fresh, tmp_path / "student", ("a", "b"))
-    again, *_ = models.open_saved(str(folder))
-    assert torch.equal(logits(again), logits(fresh))
+    again = models.open_saved(str(folder), MACHINE).model
+    assert torch.allclose(logits(again), logits(fresh), atol=1e-6)      # in another memory format
     assert torch.equal(logits(timm.create_model(f"local-dir:{folder}", pretrained=True).eval()), logits(fresh))
     assert not torch.equal(logits(again), logits(plain(fresh)))
 
@@ -373,6 +370,6 @@ def test_timms_pretrained_weights_are_resampled_to_another_size(tmp_path, reposi
 
 def test_a_hub_that_cannot_be_reached_is_one_line(unreachable_hub):
     for weights in ("none", "imagenet"):
-        with pytest.raises(BadInput, match="^--teacher.*the Hub cannot be reached and .* not in its cache") as caught:
+        with pytest.raises(BadInput, match="^--teacher.*the Hub cannot be reached, and its cache does not") as caught:
             make("hf-hub:someone/insects", weights=weights)
         assert "\n" not in str(caught.value)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from kd import BadInput
 from kd import scores as module
 from kd.scores import (bootstrap_interval, calibration_bins, calibration_error, chance_p, compare_paired,
-                       confusion_matrix, format_points, gain_lines, log_softmax, macro_f1, mcnemar_p, scores, softmax)
+                       confusions, format_points, gain_lines, log_softmax, macro_f1, mcnemar_p, scores, softmax)
 
 
 # ---- scores of one classifier -----------------------------------------------------------------
@@ -21,7 +21,7 @@ def test_scores_of_a_small_case():
     teacher = np.eye(3, dtype=np.float32)[[0, 1, 1, 2]]
     result = scores(logits, labels, teacher)
     assert result["correct"] == 3 and result["total"] == 4 and result["accuracy"] == 0.75
-    assert result["confusion"] == [[1, 0, 0], [1, 1, 0], [0, 0, 1]]  # row: the true class
+    assert confusions(labels, logits.argmax(1)) == [(0, 0, 1), (1, 0, 1), (1, 1, 1), (2, 2, 1)]
     assert np.isclose(result["macro_f1"], (2 / 3 + 2 / 3 + 1) / 3)
     assert np.isclose(result["loss"], -np.mean(np.log([.7, .8, .3, .6])))
     assert result["agreement_with_teacher"] == 0.75
@@ -43,11 +43,10 @@ def test_probabilities_are_those_of_torch_also_for_huge_logits():
 
 
 def test_a_class_that_is_neither_true_nor_predicted_has_no_f1():
-    confusion = confusion_matrix(np.array([0, 0, 1]), np.array([0, 0, 1]), 3)
-    assert confusion.tolist() == [[2, 0, 0], [0, 1, 0], [0, 0, 0]]
-    assert macro_f1(confusion) == 1     # sklearn.metrics.f1_score(..., average="macro") gives this as well
-    only_predicted = confusion_matrix(np.array([0, 0, 1]), np.array([0, 2, 1]), 4)
-    assert np.isclose(macro_f1(only_predicted), (2 / 3 + 1 + 0) / 3)
+    right = np.array([0, 0, 1])
+    assert macro_f1(right, right) == 1      # sklearn.metrics.f1_score(..., average="macro") gives this as well
+    assert np.isclose(macro_f1(right, np.array([0, 2, 1])), (2 / 3 + 1 + 0) / 3)
+    assert confusions(right, np.array([0, 0, 2])) == [(0, 0, 2), (1, 2, 1)]
 
 
 def test_calibration_error_by_hand():
@@ -70,13 +69,6 @@ def test_the_bins_of_the_diagram_are_those_of_the_calibration_error():
     error = sum(one.samples * abs(one.accuracy - one.confidence) for one in bins) / 60
     assert error == pytest.approx(calibration_error(confidence, correct))
     assert sum(one.samples for one in bins) == 60
-
-
-def test_a_row_of_the_result_names_what_is_of_test():
-    row = module.test_row("m", 7, scores(np.eye(2, dtype=np.float32), np.array([0, 1])), 0.5)
-    assert row["model"] == "m" and row["params"] == 7 and row["validation_accuracy"] == 0.5
-    assert (row["test_accuracy"], row["test_correct"], row["test_total"], row["test_macro_f1"]) == (1, 2, 2, 1)
-    assert row["confusion"] == [[1, 0], [0, 1]] and "accuracy" not in row
 
 
 # ---- is the teacher good enough? --------------------------------------------------------------

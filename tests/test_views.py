@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 
 from kd.augmentations import AUGMENTATIONS, FLIP_X, Augmentation
 from kd.data.frames import center_crop
-from kd.views import Views, crop_boxes, load_views, make_views, mix, mixed_labels, mixup_partners, uniforms
+from kd.views import Views, crop_boxes, load_views, make_views, uniforms
 from tests.helpers.fake_cuda import CUDA, fake_cuda
 from tests.helpers.frames import noise
 
-FRAMES = noise(40).rows
+FRAMES = noise(40).read(range(40))
 
 
 def views(samples, *, seed=0, view=0, name="crop", size=32):
@@ -67,14 +67,14 @@ def test_only_flips_both_ways_turn_a_crop_upside_down():
     ramp = np.zeros((1, 64, 64, 3), np.uint8)
     ramp[..., 0], ramp[..., 1] = np.arange(64), np.arange(64)[:, None]      # red grows to the right, green downwards
     found = {}
-    for name in ("crop-only", "crop-x", "crop", "mixup"):
+    for name in ("crop-only", "crop-x", "crop"):
         keys = Views(3, 32, AUGMENTATIONS[name], 0)
         drawn = [make_views(torch.from_numpy(ramp), np.array([0]), view, keys)[0].float() for view in range(40)]
         mirrored = {bool(made[0, :, -1].mean() < made[0, :, 0].mean()) for made in drawn}
         upside_down = {bool(made[1, -1].mean() < made[1, 0].mean()) for made in drawn}
         found[name] = mirrored, upside_down
     assert found == {"crop-only": ({False}, {False}), "crop-x": ({False, True}, {False}),
-                     "crop": ({False, True}, {False, True}), "mixup": ({False, True}, {False, True})}
+                     "crop": ({False, True}, {False, True})}
 
 
 def test_a_crop_of_a_ramp_shows_the_box_that_was_drawn():
@@ -123,25 +123,6 @@ def test_the_uniforms_are_the_hash_that_the_docstring_names():
     expected = [(finaliser(key + golden * j & mask) >> 11) / 2**53 for j in (1, 2)]
     assert uniforms(7, np.array([3]), 2, 2).tolist() == [expected]
     assert expected == [0.45700621794983787, 0.4691868232533729]
-
-
-def test_mixup_mixes_the_views_of_two_samples_and_their_labels():
-    samples = np.arange(10)
-    made = views(samples, seed=5, view=2, name="mixup")
-    others, share = mixup_partners(samples, 2, Views(5, 32, AUGMENTATIONS["mixup"], 0), 40)
-    assert share.min() >= 0 and share.max() <= 0.5 and share.std() > 0.05 and 0 <= others.min() <= others.max() < 40
-    for i in range(10):
-        own, partner = views([i], seed=5, view=2)[0].double(), views([others[i]], seed=5, view=2)[0].double()
-        expected = own * (1 - share[i]) + partner * share[i]
-        assert (made[i].double() - expected).abs().max() <= 0.501
-    labels = mixed_labels(np.arange(10) % 3, others % 3, share, 3)
-    assert labels.dtype == np.float32 and np.allclose(labels.sum(1), 1)
-    assert np.isclose(labels[0, 0], 1 - share[0] + share[0] * (others[0] % 3 == 0))
-
-
-def test_mix_at_the_ends():
-    a, b = torch.full((1, 3, 2, 2), 10, dtype=torch.uint8), torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)
-    assert torch.equal(mix(a, b, np.array([0.0])), a) and torch.equal(mix(a, b, np.array([1.0])), b)
 
 
 @pytest.mark.parametrize("count, epochs, indices", [(0, 4, [0, 1, 2, 3]), (1, 3, [0, 0, 0]), (3, 5, [0, 1, 2, 0, 1]),

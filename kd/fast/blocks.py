@@ -23,7 +23,7 @@ from timm.models.efficientnet import EfficientNet
 from torch import Tensor, nn
 
 from kd import one_line
-from kd.fast import build
+from kd.fast import build, fused_loss
 
 try:
     from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedResidual
@@ -67,6 +67,15 @@ def unavailable() -> str:
         except build.BuildError as error:
             reason = f"the fused blocks cannot be compiled: {error}"
     return reason
+
+
+def kernels_missing(device_type: str) -> str:
+    """Why a run on "cpu", "cuda", … cannot have all of its kernels, in one line; "" where it can.
+
+    On the CPU these are the fused loss and blocks; on a GPU only the loss.
+    """
+    _, reason = fused_loss.load_kernel(device_type)
+    return reason or (unavailable() if device_type == "cpu" else "")
 
 
 def has_matrix_unit() -> bool:

@@ -5,47 +5,57 @@ each in backward. Here each logit is read once, and the gradient is written once
 the loss are also those of its gradient, by the algebra at the top of kd/losses.py. So forward
 computes the gradient as well, and backward only multiplies it by the upstream gradient.
 
-The kernels behind it: fused_loss.cpp on the CPU, fused_loss_triton.py on CUDA. Where neither can be
-had, torch.compile of `closed_form` takes their place.
+The kernels behind it: fused_loss.cpp on the CPU, fused_loss_triton.py on CUDA.
 """
 
-from collections.abc import Callable
+import functools
 from math import floor, log2
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kd import first_error
 from kd.fast import build
-from kd.losses import NO_LABEL, check_arguments, check_label_range
 
 
 def fused_kd_loss(student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor,
                   temperature: float, kd_weight: float) -> Tensor:
-    """`kd_loss` of kd/losses.py: the same arguments, number, gradient and errors.
+    """`kd_loss` of kd/losses.py: the same number and gradient, where `load_kernel` gives a kernel.
 
     student_logits  (B, C), fp32, bf16 or fp16; rows may be strided. The gradient has this dtype
-    teacher_logits  (B, C), fp32, bf16 or fp16, not necessarily the student's dtype
-    labels          (B,) int64, or NO_LABEL. Class probabilities are a TypeError: use `kd_loss`
+    teacher_logits  the same, not necessarily in the student's dtype; may be None where kd_weight is 0
+    labels          (B,) int64 in [0, C) or NO_LABEL. They are not read where kd_weight is 1
 
     All arithmetic is in fp32. Memory: one tensor like the student's logits, for the gradient.
     Memory traffic: read student, read teacher, write the gradient. Differentiable once.
+
+    Raises ValueError or TypeError, naming the argument. A label out of range is a ValueError on the CPU.
+    On CUDA a look at the labels would wait for the device, so the loss is NaN there.
     """
     check_arguments(student_logits, teacher_logits, labels, temperature, kd_weight)
-    if labels.is_floating_point():
-        raise TypeError(f"labels must be int64 for the fused loss, got {labels.dtype}: use kd_loss")
-    for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
-        if logits is not None and logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise TypeError(f"{name} must be fp32, bf16 or fp16 for the fused loss, "
-                            f"got {logits.dtype}: use kd_loss")
-    if student_logits.device.type not in _kernels:
+    if not torch.compiler.is_compiling():       # what is compiled finds the kernel that was loaded before
         load_kernel(student_logits.device.type)
     if kd_weight == 0:
         teacher_logits = None
-    return _FusedLoss.apply(student_logits, teacher_logits, labels, float(temperature),
-                            float(kd_weight))
+    return _FusedLoss.apply(student_logits, teacher_logits, labels, float(temperature), float(kd_weight))
+
+
+def check_arguments(student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor,
+                    temperature: float, kd_weight: float) -> None:
+    """Raise ValueError or TypeError, naming the argument, for what shows without reading a tensor."""
+    if not (0 <= kd_weight <= 1 and 0 < temperature < float("inf")):
+        raise ValueError(f"kd_weight must be in [0, 1] and temperature positive, got {kd_weight} and {temperature}")
+    if teacher_logits is None and kd_weight > 0:
+        raise ValueError(f"teacher_logits is None, which needs kd_weight 0, got {kd_weight}")
+    (B, C), device, floats = student_logits.shape, student_logits.device, (torch.float32, torch.bfloat16, torch.float16)
+    for name, tensor, shape, dtypes in (("student_logits", student_logits, (B, C), floats),
+                                        ("teacher_logits", teacher_logits, (B, C), floats),
+                                        ("labels", labels, (B,), (torch.int64,))):
+        if tensor is not None and (tensor.shape != shape or tensor.device != device):
+            raise ValueError(f"{name} must be {shape} on {device}, got {tuple(tensor.shape)} on {tensor.device}")
+        if tensor is not None and tensor.dtype not in dtypes:
+            raise TypeError(f"{name} must be one of {dtypes}, got {tensor.dtype}")
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -95,10 +105,10 @@ def _graph_is_kept() -> bool:
         return True
 
 
-# ---- the operator, and what computes it where there is no kernel ------------------------------------
+# ---- the operators and their kernels ----------------------------------------------------------------
 #
 # One operator for every device, so that torch.compile sees a single node. The dispatcher finds the
-# kernel: C++ registers one for the CPU, Triton one for CUDA. "default" is for all the others.
+# kernel: C++ registers one for the CPU, Triton one for CUDA.
 
 torch.library.define("kd::loss_and_grad", "(Tensor student, Tensor? teacher, Tensor labels, "
                      "float temperature, float kd_weight, float gradient_scale) -> (Tensor, Tensor)")
@@ -111,88 +121,26 @@ def _(student, teacher, labels, temperature, kd_weight, gradient_scale):
     return loss, torch.empty_like(student, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("kd::scale_")
-def _(grad, factor):
-    return None
-
-
-def closed_form(student: Tensor, teacher: Tensor | None, labels: Tensor, temperature: float,
-                kd_weight: float) -> tuple[Tensor, Tensor]:
-    """Loss and ∂loss/∂student in plain ops and fp32, by the algebra at the top of kd/losses.py."""
-    s, T = student.float(), temperature
-    B, C = s.shape
-    loss, grad = s.new_zeros(B), torch.zeros_like(s)
-    if kd_weight < 1:
-        y = labels[:, None] == torch.arange(C, device=s.device)  # one-hot
-        log_q1 = F.log_softmax(s, dim=1)
-        unlabelled = labels[:, None] == NO_LABEL
-        loss = loss - (1 - kd_weight) * log_q1.masked_fill(~y, 0).sum(dim=1)
-        grad = grad + (1 - kd_weight) * (log_q1.exp() - y.float()).masked_fill(unlabelled, 0)
-    if teacher is not None:
-        log_p, log_q = F.log_softmax(teacher.float() / T, dim=1), F.log_softmax(s / T, dim=1)
-        p = log_p.exp()
-        loss = loss + kd_weight * T ** 2 * (p * (log_p - log_q).masked_fill(p == 0, 0)).sum(dim=1)
-        grad = grad + kd_weight * T * (log_q.exp() - p)
-    n = max(B, 1)
-    return loss.sum() / n, grad / n
-
-
-_compiled: list[Callable[..., tuple[Tensor, Tensor]]] = []  # closed_form, compiled at its first use
-
-
-@torch.library.impl("kd::loss_and_grad", "default")
-def _(student, teacher, labels, temperature, kd_weight, gradient_scale):
-    if kd_weight < 1:
-        check_label_range(labels, student.shape[1])
-    if not _compiled:
-        _compiled.append(torch.compile(closed_form))
-    try:
-        loss, grad = _compiled[0](student, teacher, labels, temperature, kd_weight)
-    except Exception:   # torch.compile needs a C++ compiler, too; any other fault shows again below
-        _compiled[0] = closed_form
-        loss, grad = closed_form(student, teacher, labels, temperature, kd_weight)
-    return loss, (grad * gradient_scale).to(student.dtype)
-
-
-@torch.library.impl("kd::scale_", "default")
-def _(grad, factor):
-    grad.mul_(factor)
-
-
-# ---- the kernels ------------------------------------------------------------------------------------
-
-_kernels: dict[str, tuple[str, str]] = {}  # device type → what load_kernel returned
-
-
-@torch.compiler.disable
+@functools.cache
 def load_kernel(device_type: str) -> tuple[str, str]:
-    """Build or import the kernel for "cpu", "cuda", …; a second call returns the first one's answer.
+    """Build or import the kernel for "cpu" or "cuda", at the first call.
 
-    Returns ("C++", "") or ("Triton", ""), or ("closed form", why there is no kernel, in one line).
+    Returns ("C++", "") or ("Triton", ""), or ("", why there is no kernel, in one line).
     """
-    if device_type not in _kernels:
-        _kernels[device_type] = _load_kernel(device_type)
-    return _kernels[device_type]
-
-
-def _load_kernel(device_type: str) -> tuple[str, str]:
-    if device_type == "cpu":
-        flags = ["-fno-trapping-math", "-ffp-contract=off"]
-        if torch.backends.cpu.get_cpu_capability() == "AVX512":
-            flags += ["-mprefer-vector-width=512"]
-        try:
+    try:
+        if device_type == "cpu":
+            flags = ["-fno-trapping-math", "-ffp-contract=off"]
+            if torch.backends.cpu.get_cpu_capability() == "AVX512":
+                flags += ["-mprefer-vector-width=512"]
             build.load(Path(__file__).with_suffix(".cpp"), flags, seconds=12)
             return "C++", ""
-        except build.BuildError as error:
-            return "closed form", str(error)
-    if device_type == "cuda":
-        try:
+        if device_type == "cuda":
             from kd.fast import fused_loss_triton
             # One row of two classes, now: a launch needs a C compiler and a GPU that Triton supports.
             row, label = torch.zeros(1, 2, device="cuda"), torch.zeros(1, dtype=torch.int64, device="cuda")
             fused_loss_triton.loss_and_grad(row, row, label, 1.0, 0.5, 1.0)
-        except Exception as error:
-            return "closed form", first_error(error)
-        fused_loss_triton.register()
-        return "Triton", ""
-    return "closed form", f"there is none for {device_type}"
+            fused_loss_triton.register()
+            return "Triton", ""
+    except Exception as error:
+        return "", first_error(error)
+    return "", f"there is no fused loss for {device_type}"

@@ -32,9 +32,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kd import losses
+from kd import NO_LABEL as UNLABELLED
 
-NO_LABEL = tl.constexpr(losses.NO_LABEL)  # a kernel can read a global only if it is a constexpr
+NO_LABEL = tl.constexpr(UNLABELLED)  # a kernel can read a global only if it is a constexpr
 
 # A thread holds 8 classes, and three exponentials of each are alive at the same time. A program has
 # at most 1,024 threads, of 64 registers each. With 16 classes a thread, registers spill to memory.

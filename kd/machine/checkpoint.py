@@ -7,7 +7,6 @@ disk, and renamed over its place; the one before it stays as `.previous`.
 
 import hashlib
 import io
-import os
 import pickle
 from pathlib import Path
 from typing import Any, Callable
@@ -27,8 +26,8 @@ def save(path: Path, state: dict[str, Any]) -> None:
         return
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    payload = buffer.getvalue()
-    write_atomic(path, MAGIC + hashlib.sha256(payload).digest() + payload, keep_previous=True)
+    payload = buffer.getbuffer()
+    write_atomic(path, MAGIC, hashlib.sha256(payload).digest(), payload, keep_previous=True)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -46,20 +45,19 @@ def read(path: Path) -> dict[str, Any]:
 def load(path: Path, say: Callable[[str], None] = print) -> dict[str, Any] | None:
     """The newest checkpoint that is whole: `path`, or else its `.previous`; None where there is neither.
 
-    A damaged file is kept for inspection as `.damaged`, and `say` gets one line. Raises BadInput where both are
-    damaged.
+    A damaged one is named in a line, and replaced by the one before it. Raises BadInput where both are damaged.
     """
-    damaged = []
-    for candidate in (path, path.with_name(path.name + ".previous")):
-        if candidate.exists():
-            try:
-                return read(candidate)
-            except ValueError as error:
-                kept = candidate.with_name(candidate.name + ".damaged")
-                os.replace(candidate, kept)
-                damaged.append(kept)
-                say(f"{error}; kept as {kept.name}")
-    if damaged:
-        raise BadInput(f"{path}: no checkpoint is whole ({', '.join(str(one) for one in damaged)}); start again with "
-                       f"--overwrite")
+    fault = ""
+    for candidate in filter(Path.exists, (path, path.with_name(path.name + ".previous"))):
+        try:
+            state = read(candidate)
+        except ValueError as error:
+            fault = fault or str(error)
+            continue
+        if fault:
+            say(f"{fault}; goes on from the checkpoint before it")
+        candidate.replace(path)     # the next save keeps this one as `.previous`, not a damaged one
+        return state
+    if fault:
+        raise BadInput(f"{fault}, and no other is whole; start again with --overwrite")
     return None

@@ -1,101 +1,45 @@
-"""The device: which one computes, and how numbers get there without anybody waiting.
+"""The device: which one computes, and how numbers get there without anybody waiting."""
 
-torch calls a GPU of any maker an accelerator: cuda (NVIDIA; AMD under ROCm), mps (Apple), xpu (Intel). `--device auto`
-takes cuda or the CPU. The other two have never been tried with this code, and must be asked for.
-"""
-
-import os
-import shutil
-import subprocess
-from typing import Callable, TypeVar
+from typing import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kd import BadInput
+from kd import BadInput, first_error
+from kd.machine import ranks
 
-UNTRIED = ("mps", "xpu")
-
-Host = TypeVar("Host", np.ndarray, Tensor)      # in the host's memory
-
-
-# ---- which device -------------------------------------------------------------------------------------------
 
 def choose(flag: str, say: Callable[[str], None] = print) -> torch.device:
-    """The device for `--device auto|cpu|cuda|mps|xpu`. Under torchrun, a GPU for each rank.
+    """The device for `--device auto|cpu|cuda|mps`; auto takes cuda or the CPU. Under torchrun, a GPU for each rank.
 
-    `say` gets one line where `auto` passes over a GPU that is there.
-    Raises BadInput for a device that this machine has not, or that this torch cannot use.
+    Raises BadInput for a device that this machine has not, or on which torch cannot compute. Under `auto`, a process
+    that is alone goes on on the CPU then, and `say` gets a line.
     """
-    if flag == "cpu":
-        return torch.device("cpu")
-    found = torch.accelerator.current_accelerator(check_available=True)
-    kind = found.type if found else "cpu"
-    device = torch.device("cpu")
-
-    if kind == "cpu":
-        reason = _driver_too_old()
-        if flag != "auto":
-            raise BadInput(f"--device {flag}: {reason or f'torch sees no {flag} here'}; use --device cpu or auto")
-    elif flag == "auto" and kind in UNTRIED:
-        reason = f"--device {kind} is untried; ask for it"
-    elif flag not in ("auto", kind):
-        raise BadInput(f"--device {flag}: torch sees no {flag} here, but {kind}; use --device {kind}, cpu or auto")
-    else:
-        device = _of_this_rank(kind)
-        reason = _no_code_for(device) if kind == "cuda" else ""
-        if reason and flag != "auto":
-            raise BadInput(f"--device {flag}: {reason}; use --device cpu or auto")
-
-    if reason:
-        say(f"--device auto: goes on on the CPU ({reason})")
-        return torch.device("cpu")
-    if device.type in UNTRIED:
-        say(f"--device {kind}: this code has never been tried there")
-    return device
-
-
-def _of_this_rank(kind: str) -> torch.device:
-    if "LOCAL_RANK" not in os.environ:
-        return torch.device(kind)
-    device, count = torch.device(kind, int(os.environ["LOCAL_RANK"])), torch.accelerator.device_count()
-    if device.index >= count:
-        raise BadInput(f"--nproc-per-node: more ranks than the {count} GPUs of this machine")
-    torch.accelerator.set_device_index(device.index)
-    return device
-
-
-def _driver_too_old() -> str:
-    """Why torch sees no GPU on a machine that has one; "" where it has none, as far as can be told."""
-    if torch.version.cuda is None or not shutil.which("nvidia-smi"):
-        return ""
+    kind = flag
+    if flag == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    elif not torch.get_device_module(flag).is_available():
+        raise BadInput(f"--device {flag}: torch sees no {flag} here; use --device cpu or auto")
+    device = torch.device(kind)
+    if kind == "cuda" and ranks.ranks() > 1:
+        device = torch.device(kind, ranks.local_rank())
+        if device.index >= torch.cuda.device_count():
+            raise BadInput(f"--nproc-per-node: more ranks than the {torch.cuda.device_count()} GPUs of this machine")
+        torch.cuda.set_device(device)
     try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20).stdout
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    name = listed.partition(":")[2].partition("(")[0].strip()      # GPU 0: Tesla T4 (UUID: …)
-    return f"the driver of {name} is too old for CUDA {torch.version.cuda}, which this torch needs" if name else ""
-
-
-def _no_code_for(gpu: torch.device) -> str:
-    """Why this torch cannot compute on a GPU: its files hold no code for a GPU so old or so new. "" where it can."""
-    if torch.version.hip is not None:       # ROCm's lists name other things
-        return ""
-    major, minor = torch.cuda.get_device_capability(gpu)
-    names = torch.cuda.get_arch_list()
-    # sm_86 is code for 8.6 and later ones of generation 8. compute_90 is translated for 9.0 and all later GPUs.
-    compiled = {divmod(int(name[3:].rstrip("af")), 10) for name in names if name.startswith("sm_")}
-    translated = {divmod(int(name[8:].rstrip("af")), 10) for name in names if name.startswith("compute_")}
-    if (any(m == major and n <= minor for m, n in compiled) or any(each <= (major, minor) for each in translated)):
-        return ""
-    return (f"this torch has no code for {torch.cuda.get_device_name(gpu)}, which is sm_{major}{minor}; it has "
-            f"{', '.join(sorted(names))}")
+        torch.ones(1, device=device).item()
+    except RuntimeError as error:       # a GPU too old or too new for this torch, for example
+        if flag == "auto" and ranks.ranks() == 1:
+            say(f"--device auto: goes on on the CPU ({first_error(error)})")
+            return torch.device("cpu")
+        raise BadInput(f"--device {flag}: {first_error(error)}; use --device cpu") from error
+    return device
 
 
 # ---- copies to it ---------------------------------------------------------------------------------------------
 
-def to_device(data: Host, device: torch.device) -> Tensor:
+def to_device(data: np.ndarray | Tensor, device: torch.device) -> Tensor:
     """An array or tensor of the host, on the device. On a CPU it shares memory with `data`.
 
     On CUDA it goes through pinned memory. From there the GPU fetches it by itself, when its turn has come. From
@@ -124,7 +68,7 @@ def name(device: torch.device) -> str:
     """For people: the GPU's name, or the CPU's threads."""
     if device.type == "cpu":
         return f"{torch.get_num_threads()} threads"
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "untried"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "GPU"
 
 
 def wait(device: torch.device) -> None:

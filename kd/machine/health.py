@@ -17,10 +17,9 @@ class Guard:
     """
 
     def __init__(self, role: str, model: nn.Module, device: torch.device, amp: torch.dtype | None) -> None:
-        self.role, self.model, self.amp = role, model, amp
-        self.skipped = 0                        # steps that were not finite, as of the last `check`
-        self._first: int | None = None          # the first of them
-        self._in_a_row = self._longest = 0      # of them, one after the other: just now, and at most
+        self.role, self.model, self.fp16 = role, model, amp is torch.float16
+        self.skipped = 0        # steps that were not finite, as of the last `check`
+        self._in_a_row = 0      # of them, up to the last step
         # Loss and norm of the last steps, on the device until they are read; and which steps those are.
         self._recent = torch.zeros(READ_EVERY, 2, device=device)
         self._steps: list[int] = []
@@ -49,19 +48,14 @@ class Guard:
                                 f"is from before that; try --amp off or a lower learning rate")
 
     def _check_steps(self) -> None:
-        finite = torch.isfinite(self._recent[:len(self._steps)]).all(dim=1).tolist() if self._steps else []
+        finite = self._recent[:len(self._steps)].isfinite().all(dim=1).tolist()
         for step, good in zip(self._steps, finite):
-            self._in_a_row = 0 if good else self._in_a_row + 1
-            self._longest = max(self._longest, self._in_a_row)
             self.skipped += not good
-            if not good and self._first is None:
-                self._first = step
-        self._steps.clear()
-
-        if self.amp is torch.float16:
-            if self._longest >= SKIPPED_IN_A_ROW:
-                raise TrainingFault(f"{self.role}: the gradient overflowed fp16 in {self._longest} steps in a row; "
+            self._in_a_row = 0 if good else self._in_a_row + 1
+            if self.fp16 and self._in_a_row == SKIPPED_IN_A_ROW:
+                raise TrainingFault(f"{self.role}: the gradient overflowed fp16 in {SKIPPED_IN_A_ROW} steps in a row; "
                                     f"try --amp off or a lower learning rate")
-        elif self._first is not None:
-            raise TrainingFault(f"{self.role}: the loss or its gradient is not finite at step {self._first}; the last "
-                                f"checkpoint is from before it; try a lower learning rate")
+            if not self.fp16 and not good:
+                raise TrainingFault(f"{self.role}: the loss or its gradient is not finite at step {step}; the last "
+                                    f"checkpoint is from before it; try a lower learning rate")
+        self._steps.clear()

@@ -1,19 +1,20 @@
-"""The machine: device, precision, kernels, allocator; and what a result must say about where it was made."""
+"""The machine: device, precision, compilation, allocator; and what a result says about where it was made."""
 
-import contextlib
 import ctypes
 import os
 import platform
 import subprocess
-from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, ContextManager, NamedTuple
 
 import torch
 from torch import nn
 
-from kd import BadInput, cli, first_error
+from kd import BadInput, first_error
 from kd.machine import devices
-from kd.machine.cores import cpu_quota, usable_cores
+from kd.machine.cores import usable_cores
+from kd.machine.ranks import ranks
 
 
 class Runtime(NamedTuple):
@@ -27,9 +28,7 @@ class Runtime(NamedTuple):
 
     def autocast(self) -> ContextManager:
         """The autocast context of forward passes; nothing at all where `amp` is None."""
-        if self.amp is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.amp)
+        return torch.autocast(self.device.type, dtype=self.amp) if self.amp else nullcontext()
 
 
 def start(device: str, amp: str, compile: str, kernels: str = "auto") -> Runtime:
@@ -37,7 +36,8 @@ def start(device: str, amp: str, compile: str, kernels: str = "auto") -> Runtime
 
     Raises BadInput where a device, a precision or a compilation is asked for that the machine cannot give.
     """
-    limit_threads()
+    if not os.environ.get("OMP_NUM_THREADS") and usable_cores() < torch.get_num_threads():
+        torch.set_num_threads(usable_cores())       # torch does not know the CPU quota of a container
     chosen = devices.choose(device)
     precision = _choose_precision(amp, chosen)
     if compile == "on":
@@ -50,8 +50,8 @@ def start(device: str, amp: str, compile: str, kernels: str = "auto") -> Runtime
         tf32 = precision != "fp32"
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
 
-    ranks = f" × {cli.ranks()} ranks" if cli.ranks() > 1 else ""
-    line = f"{chosen.type} ({devices.name(chosen)}){ranks}, {precision}" + (", compiled" if compile == "on" else "")
+    many = f" × {ranks()} ranks" if ranks() > 1 else ""
+    line = f"{chosen.type} ({devices.name(chosen)}){many}, {precision}" + (", compiled" if compile == "on" else "")
     return Runtime(chosen, DTYPES[precision], compile, kernels != "off", line)
 
 
@@ -101,28 +101,26 @@ def _refuse_without_compiler(device: torch.device) -> None:
                        f"--compile off") from error
 
 
-def compiled(model: nn.Module, rows: int, parts: int = 1) -> nn.Module:
+def compiled(model: nn.Module, rows: int) -> nn.Module:
     """`torch.compile(model)`. Where its compiler fails on this model, a line says why, and the model runs uncompiled.
 
     Each batch size gets a graph of its own (`dynamic=False`). Otherwise the short last batch of the first epoch would
     make a slower graph for all sizes, which then serves every batch.
 
     rows: the size of a batch. On CUDA, small ones are replayed as CUDA graphs, in which the GPU does not wait for the
-    host. Not so where ranks exchange gradients or those of several `parts` of a batch add up: a graph's next replay
-    overwrites its results.
+    host. Not so where ranks exchange gradients: a graph's next replay overwrites its results.
 
-    Only a failure of the compiler itself at the forward pass is met so. It comes before anything is computed, so no
-    batch counts twice in BatchNorm or in the random state.
+    The compiler fails at the first forward pass, before anything is computed. So no batch counts twice in BatchNorm or
+    in the random state.
     """
+    graphs = {"triton.cudagraphs": rows <= GRAPH_ROWS and ranks() == 1}
     failed = False
-    replayed = rows <= GRAPH_ROWS and parts == 1 and cli.ranks() == 1
-    graphs = {"triton.cudagraphs": True} if replayed else None
 
-    def inductor_or_nothing(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+    def inductor_or_nothing(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
         nonlocal failed
         if not failed:
             try:
-                inductor: Callable[..., Any] = torch._dynamo.lookup_backend("inductor")
+                inductor: Any = torch._dynamo.lookup_backend("inductor")
                 return inductor(graph, inputs, config_patches=graphs)
             except Exception as error:
                 print(f"goes on uncompiled: torch.compile fails on this model ({first_error(error)})")
@@ -132,27 +130,23 @@ def compiled(model: nn.Module, rows: int, parts: int = 1) -> nn.Module:
     return torch.compile(model, backend=inductor_or_nothing, dynamic=False)     # type: ignore[return-value]
 
 
-def limit_threads() -> None:
-    """Lower torch's threads to the cores of a CPU quota, which torch does not know; OMP_NUM_THREADS has priority."""
-    quota = cpu_quota()
-    if quota is not None and "OMP_NUM_THREADS" not in os.environ and usable_cores() < torch.get_num_threads():
-        torch.set_num_threads(usable_cores())
+# ---- the allocator, and what a result says about its machine ------------------------------------------------
 
-
-def tune_allocator(keep: bool = True) -> bool:
+def tune_allocator(keep: bool = True) -> None:
     """Tell glibc to keep large blocks. Otherwise every activation is mapped, faulted in page by page, and unmapped
-    again, at every step: millions of page faults. Call it before the first large tensor. False where not glibc.
+    again, at every step: millions of page faults. Call it before the first large tensor.
 
-    keep=False takes it back, to where glibc's own adaptive thresholds end up after some steps (32 and 64 MB).
+    keep=False takes it back, to where glibc's own adaptive thresholds end up after some steps (32 and 64 MB): at the
+    end of a run, since a notebook goes on in this process.
     """
-    if platform.libc_ver()[0] != "glibc":
-        return False
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
     settings = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1}
     if not keep:
         settings = {M_MMAP_MAX: 65536, M_TRIM_THRESHOLD: 64 << 20, M_MMAP_THRESHOLD: 32 << 20}
     libc = ctypes.CDLL(None)
-    return all([libc.mallopt(name, value) for name, value in settings.items()])
+    if hasattr(libc, "mallopt"):        # macOS and musl have none
+        for name, value in settings.items():
+            libc.mallopt(name, value)
 
 
 def environment() -> dict[str, Any]:
@@ -161,9 +155,9 @@ def environment() -> dict[str, Any]:
     import PIL
     import timm
     import torchvision
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__,
-                "torchvision": torchvision.__version__, "numpy": numpy.__version__, "pillow": PIL.__version__}
-    return {**versions, "system": platform.system(), "machine": platform.machine(), "cpus": os.cpu_count(),
+    libraries = {each.__name__: each.__version__ for each in (torch, timm, torchvision, numpy, PIL)}
+    return {"python": platform.python_version(), **libraries,
+            "system": platform.system(), "machine": platform.machine(), "cpus": os.cpu_count(),
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "amx": torch.cpu.get_capabilities().get("amx_bf16", False), "threads": torch.get_num_threads(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
@@ -171,9 +165,9 @@ def environment() -> dict[str, Any]:
 
 def commit() -> str | None:
     """The commit of the code that runs, with `-dirty` where files differ from it; None outside a git checkout."""
-    command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty",
-               "--abbrev=40", "--exclude=*"]
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip() or None
+        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5,
+                              check=True).stdout.strip() or None
     except (OSError, subprocess.SubprocessError):
         return None

@@ -1,11 +1,10 @@
 """Ctrl-C and SIGTERM: the run finishes its step, saves, and leaves."""
 
-import contextlib
 import os
 import signal
 import sys
 import threading
-from typing import Any, Iterator
+from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -19,20 +18,28 @@ class Stopped(Exception):
 
 
 class Stop:
-    """Notes SIGTERM and SIGINT. The loop asks between two steps. A second signal ends the process immediately."""
+    """Notes the first of SIGNALS that comes. The loop asks for it between two steps.
+
+    It does so from `install` to `restore`. A later Ctrl-C ends the process immediately.
+    """
 
     def __init__(self) -> None:
-        self.signal = 0  # the number of the signal that came
+        self.signal = 0                         # the number of the signal that came
+        self._before: dict[int, Any] = {}       # the handlers that `restore` puts back
 
-    def install(self) -> "Stop":
-        """Take over both signals until `handlers_restored` ends. Returns itself.
+    def install(self) -> None:
+        """Take over the signals.
 
         Python lets only the main thread do so. In another one, as in a web app, the run goes on without.
         """
-        if _in_main_thread():
-            for number in SIGNALS:
-                signal.signal(number, self._received)
-        return self
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._received) for number in SIGNALS}
+
+    def restore(self) -> None:
+        """Put the handlers back, as a notebook needs that goes on."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler or signal.SIG_DFL)    # None: C code's own, which Python cannot set
+        self._before = {}
 
     def raise_if_requested(self, *_: Any) -> None:
         """Raise Stopped if a signal came to this process. For work without anything to save, such as decoding.
@@ -43,24 +50,9 @@ class Stop:
             raise Stopped(self.signal)
 
     def _received(self, number: int, frame: Any) -> None:
-        if self.signal:
-            os._exit(128 + number)  # the user insists: no saving, no clean-up
-        self.signal = number
-        print(f"\n{signal.Signals(number).name}: finishing this step and saving. Press again to stop immediately "
-              "without saving.", file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def handlers_restored() -> Iterator[None]:
-    """Put the handlers of both signals back at the end, as a notebook needs that goes on. Also a decorator."""
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        if _in_main_thread():
-            for number, handler in handlers.items():
-                signal.signal(number, handler or signal.SIG_DFL)    # None: C code's own, which Python cannot set
-
-
-def _in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
+        if not self.signal:
+            self.signal = number
+            print(f"\n{signal.Signals(number).name}: finishing this step and saving. Ctrl-C from now on stops "
+                  f"immediately, without saving.", file=sys.stderr, flush=True)
+        elif number == signal.SIGINT:
+            os._exit(128 + number)              # the user insists: no saving, no clean-up

@@ -18,7 +18,7 @@ def add_json_flag(parser: argparse.ArgumentParser, meaning: str) -> None:
 
 def add_device_flags(parser: argparse.ArgumentParser) -> None:
     """Where to compute, and in which precision."""
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps", "xpu"), default="auto",
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
                         help="default: auto, CUDA where there is a GPU")
     parser.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto",
                         help="default: auto, as in training; in another precision, a picture that the model is "
@@ -29,12 +29,10 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     """Which saved model, and which pictures of which data set."""
     parser.add_argument("model", metavar="PATH", help="folder that train.py saved, such as runs/demo/student")
     parser.add_argument("--dataset", default="", help="leaves, a Hub dataset id, or a folder, as for train.py "
-                        "(default: that of the run which PATH lies in)")
+                        "(default: that of the run which PATH lies in, read as the run read it)")
     parser.add_argument("--split", choices=("train", "validation", "test"), default="test", help="default: test")
-    parser.add_argument("--config", metavar="NAME", help="its configuration, where it has several (default of this and "
-                        "of the next three: as in the run, if the data set is the run's)")
-    parser.add_argument("--image", metavar="COLUMN", help="its column of pictures, where that cannot be told")
-    parser.add_argument("--label", metavar="COLUMN", help="its column of labels, where that cannot be told")
-    parser.add_argument("--follow-links", action="store_true", default=None,
-                        help="follow links that lead out of its folder")
+    for name, meaning in (("config", "configuration, where it has several"),
+                          ("image", "column of pictures, where that cannot be told"),
+                          ("label", "column of labels, where that cannot be told")):
+        parser.add_argument(f"--{name}", default="", help=f"its {meaning}")
     parser.add_argument("--cache-dir", default=cli.CACHE_DIR, help="where decoded images are kept")

@@ -1,78 +1,50 @@
 """The model card of a saved folder: metadata for the Hub as YAML, then what a person has to know."""
 
 from pathlib import Path
-from typing import Any, Mapping, NamedTuple
+from typing import Any, Mapping
 
 import timm
 from huggingface_hub import EvalResult, ModelCardData
 
 from kd.cli import base_name
-from kd.data.sources import hub_id
-from kd.methods import NEEDS_LABELS, TEMPERED
-from kd.models import timm_name
+from kd.config import NEED_LABELS
+from kd.data.table import hub_id
 
 
-class Scores(NamedTuple):
-    """What the card shows of one model on one split."""
-
-    accuracy: float
-    correct: int
-    total: int
-    macro_f1: float
-
-
-def render_card(role: str, rows: dict[str, dict[str, Any]], settings: Mapping[str, Any],
-                command: str) -> str:
+def render_card(role: str, rows: dict[str, dict[str, Any]], settings: Mapping[str, Any], command: str) -> str:
     """The README.md of the saved folder of `role`.
 
     rows      test scores by role, as in result.json, or only `role`'s own on validation, or none
     settings  of the run, as in config.json
     command   what reproduces the run
     """
-    model = _model_of(role, settings)
-    title, size = _title(settings["dataset"]), settings["size"]
-    if role == "teacher" and settings["teacher_size"]:
-        size = settings["teacher_size"]
+    dataset = settings["dataset"]
+    title = dataset if hub_id(dataset) else Path(dataset).name
+    on_test = any("test_accuracy" in row for row in rows.values())
+    split, prefix = ("test", "test_") if on_test else ("validation", "")
+    when = "The test split was used once, after training." if on_test else "Training was not over by then."
+    table = "\n".join(f"| {each} | `{_network(each, settings)}` | {100 * row[f'{prefix}accuracy']:.1f} % "
+                      f"({row[f'{prefix}correct']}/{row[f'{prefix}total']}) | {row[f'{prefix}macro_f1']:.3f} |"
+                      for each, row in rows.items())
     repository = settings["push_to_hub"] or "OWNER/NAME"
-    split = "test" if any("test_accuracy" in row for row in rows.values()) else "validation"
-    scores = {each: _scores(row, split) for each, row in rows.items()}
-
-    table = [f"| {each} | `{_model_of(each, settings)}` | {100 * its.accuracy:.1f} % ({its.correct}/{its.total}) | "
-             f"{its.macro_f1:.3f} |" for each, its in scores.items()]
-    when = ("The test split was used once, after training." if split == "test" else
-            "Training was not over by then.")
-    resolution = ""
-    if scores:
-        total = scores[role].total
-        resolution = f", of which {total} were scored: one is {100 / total:.2f} points"
-    kept_epoch = rows.get(role, {}).get("kept_epoch", 0) if split == "validation" else 0
-
+    metrics = {name: rows[role][f"{prefix}{name}"] for name in ("accuracy", "macro_f1")} if role in rows else {}
     return f"""---
-{_metadata(role, settings, scores.get(role), split).strip()}
+{_metadata(role, settings, title, split, metrics).strip()}
 ---
-# {model} on {title}
+# {_network(role, settings)} on {title}
 
-`{model}`, {_description(role, settings)}.
+{_description(role, settings)}
 
-## Recipe
-
-{_recipe(role, settings, kept_epoch)}
-
-## Scores on the {split} split
-
-| | model | accuracy | macro-F1 |
+| | model | accuracy on {split} | macro-F1 |
 |---|---|---|---|
-{chr(10).join(table)}
+{table}
 
-{when}
-
-## Reproduce
+{when} The scores are those of one seed; another seed may give others. This command makes the run again, with
+`--dataset` naming the same data:
 
 ```
 {command}
 ```
-
-with `--dataset` naming the same data. `config.json` of the run has every setting.
 
 ## Use
 
@@ -90,118 +62,49 @@ with torch.no_grad():
 print(dict(zip(model.pretrained_cfg["label_names"], probabilities.tolist())))
 ```
 
-A picture is turned upright, and its transparent parts become white. The transform then resizes the shorter side, cuts
-the central {size} × {size} pixels and normalises them. Training did the same.
-Mean, std, interpolation, the share of the picture that is used and the labels are in `config.json`.
-
 ## Limits
 
-The model knows the classes of `{title}` and no other: it names one of them whatever the picture shows. Its scores hold
-for pictures like those of that data set{resolution}.
-Other cameras, places and seasons were not tried. The scores are those of one seed; another seed may give others.
-The licence of the pictures, and of weights that the teacher started from, may add terms.
+The model names one of the classes of `{title}` whatever a picture shows. Its scores hold for pictures like those of
+that data set; other cameras, places and seasons were not tried. The licence of the pictures, and of weights that a
+model started from, may add terms.
 """
 
 
-def _model_of(role: str, settings: Mapping[str, Any]) -> str:
+def _network(role: str, settings: Mapping[str, Any]) -> str:
     """timm's name of the model in this role. The control is a student. Of a folder only the last part is named."""
     return base_name(settings["teacher" if role == "teacher" else "student"])
 
 
 def _description(role: str, settings: Mapping[str, Any]) -> str:
     """What the model is, and what it learned from."""
-    if role == "teacher" and not settings["teacher_epochs"]:
-        return "the teacher of a distillation, used as it was loaded"
+    weight = settings["kd_weight"]
+    labels = f"{settings['labels']} of the training labels" if settings["labels"] else "the labels"
     if role == "teacher":
-        return "the teacher of a distillation: it learned from the labels only"
-    if role == "control":
-        return "the control of a distillation: the student's recipe without the teacher, from the labels only"
-    if not settings["kd_weight"]:
-        return "the student's recipe without a teacher (λ = 0): it learned from the labels only"
-    if settings["kd_weight"] == 1 and settings["method"] not in NEEDS_LABELS:
-        return "the student of a distillation (λ = 1): it learned from its teacher only, and read no label"
-    return "the student of a distillation: it learned from the labels and from its teacher"
+        return "The teacher of a distillation, " + (f"which learned from {labels} only." if settings["teacher_epochs"]
+                                                    else "used as it was loaded.")
+    if role == "control" or not weight:
+        return f"The student's recipe without a teacher: it learned from {labels} only."
+    only_teacher = weight == 1 and settings["method"] not in NEED_LABELS
+    return (f"The student of a distillation by `{settings['method']}`, λ = {weight:g}: it learned from its teacher "
+            f"`{_network('teacher', settings)}` {'only, and read no label' if only_teacher else f'and from {labels}'}.")
 
 
-def _title(dataset: str) -> str:
-    """The name of a data set. Of a folder only the last part, because the rest says something of a machine."""
-    return Path(dataset).name if hub_id(dataset) is None else dataset
-
-
-def _recipe(role: str, settings: Mapping[str, Any], kept_epoch: int) -> str:
-    """What was trained, as a Markdown list. kept_epoch: of a training that is not over, else 0."""
-    pretrained = settings["teacher_weights"] == "imagenet"
-    start = "from" if pretrained else "not from"
-    whose = "its" if ":" in timm_name(settings["teacher"]) else "timm's"    # of a repository or folder
-    tuning = (f"fine-tuned for {settings['teacher_epochs']} epochs" if settings["teacher_epochs"] else
-              "used as loaded")
-    control = "; the control's λ is 0" if role == "control" else ""
-    best = f" (epoch {kept_epoch} so far)" if kept_epoch else ""
-    weights = settings["student_weights"]
-    student_start = "random weights" if weights == "none" else (
-        "pretrained weights" if weights == "imagenet" else f"`{base_name(weights)}`")
-    teacher_size = f", its teacher at {settings['teacher_size']} px" if settings["teacher_size"] else ""
-    chosen = ("last epoch, as agreed before" if settings["select"] == "last" else
-              f"best epoch by validation accuracy{best}")
-    lines = [
-        f"- teacher `{_model_of('teacher', settings)}`, {start} {whose} pretrained weights, {tuning}",
-        f"- student `{_model_of('student', settings)}`, from {student_start}, {settings['epochs']} epochs at "
-        f"{settings['size']} px{teacher_size}, seed {settings['seed']}",
-        f"- loss (1 - λ)·CE + λ·{_method(settings)}, λ = {settings['kd_weight']:g}{control}",
-    ]
-    if role != "teacher" or settings["teacher_epochs"]:
-        lines.append(f"- the weights are those of the {chosen}")
-    if settings["labels"]:
-        others = ", and the student learns the others from its teacher" if settings["kd_weight"] else ""
-        lines.insert(0, f"- {settings['labels']} labels of the training split; whoever learns from labels knows only "
-                        f"these pictures{others}")
-    if settings["unlabelled"]:
-        lines.insert(0, f"- more pictures without labels for the student: `{base_name(settings['unlabelled'])}`")
-    return "\n".join(lines)
-
-
-def _method(settings: Mapping[str, Any]) -> str:
-    """What the student learned of its teacher, with its temperature."""
-    temperature = f", T = {settings['temperature']:g}" if settings["method"] in TEMPERED else ""
-    standardised = " of standardised logits" if settings["standardise"] else ""
-    if settings["method"] == "kd":
-        return f"T²·KL(teacher‖student){standardised}{temperature}"
-    return f"`{settings['method']}`{standardised}{temperature}"
-
-
-def _scores(row: dict[str, Any], split: str) -> Scores:
-    prefix = "test_" if split == "test" else ""
-    return Scores(*(row[f"{prefix}{name}"] for name in Scores._fields))
-
-
-def _metadata(role: str, settings: Mapping[str, Any], scores: Scores | None, split: str) -> str:
-    """The card's metadata as YAML. scores: of `role`, if there are any yet."""
+def _metadata(role: str, settings: Mapping[str, Any], title: str, split: str, metrics: Mapping[str, float]) -> str:
+    """The card's metadata as YAML. metrics: of this model on `split`, by their names in result.json."""
     # A data set that is only on this machine has no id: the Hub would link its name to a stranger's.
     dataset = hub_id(settings["dataset"])
-    results = None
-    if scores:
-        results = [EvalResult(task_type="image-classification", task_name="Image classification",
-                              dataset_type=dataset or "imagefolder", dataset_name=_title(settings["dataset"]),
-                              dataset_split=split, metric_type=metric, metric_name=name, metric_value=value)
-                   for metric, name, value in (("accuracy", "Accuracy", scores.accuracy),
-                                               ("f1", "Macro F1", scores.macro_f1))]
+    results = [EvalResult("image-classification", dataset or "imagefolder", title, metric_type, metrics[name],
+                          dataset_split=split)
+               for name, metric_type in (("accuracy", "accuracy"), ("macro_f1", "f1")) if name in metrics]
 
-    # The Hub has four relations (adapter, finetune, merge, quantized). None of them means "distilled from",
-    # so that a student names its base model without a relation.
-    base: str | None = None
-    relation = None
-    distilled = role == "student" and settings["kd_weight"]
-    if settings["teacher_weights"] == "imagenet" and (role == "teacher" or distilled):
-        source, place = timm.models.parse_model_name(timm_name(settings["teacher"]))
-        if source == "hf-hub":
-            base = place.split("@")[0]      # without the revision
-        elif not source:
-            base = getattr(timm.get_pretrained_cfg(place), "hf_hub_id", None)   # such as timm/resnet50.a1_in1k
-        relation = "finetune" if base and role == "teacher" and settings["teacher_epochs"] else None
-
+    # base_model: whose weights it started from. The Hub has no relation for a teacher.
+    learner = "teacher" if role == "teacher" else "student"
+    place = settings[learner].removeprefix("hf-hub:").removeprefix("timm/").split("@")[0]
+    base = None
+    if settings[f"{learner}_weights"] == "imagenet" and not place.startswith("local-dir:"):
+        base = place if "/" in place else getattr(timm.get_pretrained_cfg(place), "hf_hub_id", None)
     return ModelCardData(
         license="apache-2.0", library_name="timm", pipeline_tag="image-classification",
-        datasets=[dataset] if dataset else None, metrics=["accuracy", "f1"],
-        base_model=base, base_model_relation=relation,
+        datasets=[dataset] if dataset else None, metrics=["accuracy", "f1"], base_model=base,
         tags=["image-classification", "timm", "knowledge-distillation"],
-        model_name=_model_of(role, settings) if results else None, eval_results=results).to_yaml()
+        model_name=_network(role, settings) if results else None, eval_results=results or None).to_yaml()

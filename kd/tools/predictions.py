@@ -36,12 +36,11 @@ class Predictions:
 
     def to_bytes(self) -> bytes:
         """The content of the file."""
-        arrays = {"classes": np.array(self.classes, np.str_), "labels": self.labels,
-                  "names": np.array(self.names, np.str_), "shown": self.shown, "pictures": self.pictures,
-                  "views": self.views, "view_labels": self.view_labels}
-        logits = {role: values.astype(np.float32) for role, values in self.logits.items()}
+        arrays = {"classes": np.array(self.classes, np.str_), "names": np.array(self.names, np.str_),
+                  **{name: getattr(self, name) for name in ("labels", "shown", "pictures", "views", "view_labels")},
+                  **{role: values.astype(np.float32) for role, values in self.logits.items()}}
         buffer = io.BytesIO()
-        np.savez(buffer, **arrays, **logits)  # type: ignore[arg-type]
+        np.savez(buffer, **arrays)  # type: ignore[arg-type]
         return buffer.getvalue()
 
 
@@ -49,21 +48,11 @@ def read_predictions(path: Path) -> Predictions:
     """Raises BadInput where the file is absent, damaged or something else."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        logits = {role: arrays[role] for role in ROLES if role in arrays}
-        shape = arrays["teacher"].shape
-        count, classes = shape
-        if (any(values.shape != shape for values in logits.values()) or arrays["student"].shape != shape
-                or arrays["classes"].shape != (classes,)
-                or any(arrays[name].shape != (count,) for name in ("labels", "names"))
-                or not np.isin(arrays["labels"], np.arange(classes)).all()
-                or len(arrays["pictures"]) != len(arrays["shown"])
-                or len(arrays["views"]) != len(arrays["view_labels"])):
-            raise ValueError("its arrays do not fit each other")
-        return Predictions(arrays["classes"].tolist(), arrays["labels"], arrays["names"].tolist(), logits,
-                           arrays["shown"], arrays["pictures"], arrays["views"], arrays["view_labels"])
+            arrays = dict(file)
+        logits = {role: arrays.pop(role) for role in ROLES if role in arrays}
+        return Predictions(arrays.pop("classes").tolist(), names=arrays.pop("names").tolist(), logits=logits, **arrays)
     except FileNotFoundError as error:
         raise BadInput(f"{path}: no such file; a run writes it when it ends, and --resume ends it") from error
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile, EOFError) as error:
         raise BadInput(f"{path}: not readable ({error}); remove it and report.html, then --resume the run"
                        ) from error

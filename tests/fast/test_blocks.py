@@ -9,6 +9,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -78,11 +79,15 @@ def test_outputs_and_gradients_are_closer_to_float64_than_those_of_the_plain_mod
 @pytest.mark.parametrize("shape", [(8, 3, 64, 64), (7, 3, 65, 47)])     # the second leaves rows over
 def test_in_bf16_the_step_is_no_less_exact_than_the_plain_modules_in_bf16(name, shape):
     exact, plain, fused = models(name)
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    a, ga, ba = step(exact, x)
-    with torch.autocast("cpu", torch.bfloat16):
-        (b, gb, bb), (c, gc, bc) = step(plain, x), step(fused, x)
-    assert (c - a).norm() <= 1.5 * (b - a).norm() and (gc - ga).norm() <= 1.5 * (gb - ga).norm()
+    errors = []
+    for seed in range(1, 6):        # of one batch, the rounding of either may be the smaller one by chance
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        a, ga, ba = step(exact, x)
+        with torch.autocast("cpu", torch.bfloat16):
+            (b, gb, bb), (c, gc, bc) = step(plain, x), step(fused, x)
+        errors.append([(logits - a).norm().item() for logits in (b, c)] + [(g - ga).norm().item() for g in (gb, gc)])
+    plain_logits, fused_logits, plain_gradient, fused_gradient = np.mean(errors, axis=0)
+    assert 0 < fused_logits <= 1.5 * plain_logits and fused_gradient <= 1.5 * plain_gradient
     assert (c - a).norm() > (step(fused, x)[0] - a).norm()  # it did run in bf16
     for key, value in ba.items():
         assert torch.allclose(bc[key], value, rtol=2e-2, atol=2 * (bb[key] - value).abs().max().item() + 1e-3), key
@@ -197,13 +202,14 @@ def test_a_processor_without_avx2_keeps_the_plain_modules():
 @on_x86
 @pytest.mark.skipif(blocks.has_matrix_unit(), reason="the other tests run it")
 @pytest.mark.skipif(not shutil.which("g++"), reason="no GNU compiler")
-def test_the_code_for_other_processors_compiles_and_multiplies_bf16(tmp_path):
+def test_the_code_for_other_processors_compiles_and_multiplies_bf16(tmp_path, monkeypatch):
     from torch.utils import cpp_extension
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     probe = subprocess.run(["g++", *blocks.MATRIX_UNIT, "-E", "-x", "c++", os.devnull], capture_output=True)
     known = probe.returncode == 0
     folders = [*cpp_extension.include_paths(), sysconfig.get_path("include")]
-    subprocess.run(["g++", "-std=c++20", "-O0", "-S", str(Path(blocks.__file__).with_suffix(".cpp")),
-                    *build.instruction_flags("AVX512"), "-mavx512bf16", *(blocks.MATRIX_UNIT if known else []),
+    subprocess.run(["g++", "-S", str(Path(blocks.__file__).with_suffix(".cpp")),
+                    *build.compiler_flags(), "-O0", "-mavx512bf16", *(blocks.MATRIX_UNIT if known else []),
                     "-o", "blocks.s", *(f"-I{folder}" for folder in folders)], cwd=tmp_path, check=True)
     assembly = (tmp_path / "blocks.s").read_text()
     assert "vdpbf16ps" in assembly and "zmm" in assembly and ("tdpbf16ps" in assembly) == known

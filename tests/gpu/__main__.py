@@ -56,7 +56,7 @@ def parts(photos: Path) -> list[Part]:
         compare = [Part("compare-8", 300, ["bench", "compare", "--json", "--batch-size", "8", *small])]
         return [Part("tests", 300, ["-k", "loss and 1000 or named"]), Part("waits", 300, []), *compare,
                 Part("loss", 300, ["bench", "loss", "--json", "--device", "cpu", "--shapes", "4x3", "--rounds", "2"]),
-                Part("bench", 300, ["bench", "--json", "--batch-size", "8", *small])]
+                Part("ladder", 300, ["bench", "ladder", "--json", "--batch-size", "8", *small])]
 
     def common(batch: str, size: str, steps: str) -> list[str]:
         # `--compile on`, since the few steps of a block would not be compiled by `auto`
@@ -69,7 +69,7 @@ def parts(photos: Path) -> list[Part]:
                for batch, flags in blocks.items()]
     compiled = [Part(name, 400, [*part.arguments, "--compiled"]) for name, part in zip(LONG, compare, strict=True)]
     return [Part("tests", 200, []), Part("waits", 120, []), *compare, Part("loss", 60, ["bench", "loss", "--json"]),
-            Part("bench", 60, ["bench", *blocks["128"]]), *compiled]
+            Part("ladder", 110, ["bench", "ladder", *blocks["128"], "--minutes", "0.8"]), *compiled]
 
 
 # ---- within the process of a part --------------------------------------------------------------------------
@@ -211,8 +211,8 @@ def summary(content: dict[str, Any]) -> str:
     elif content["part"] == "loss":
         lines = [f"{row['shape'][0]} x {row['shape'][1]}: {row['fused_ms']:.3f} ms, {row['vs_eager']:.2f} x eager, "
                  f"{row['vs_compiled']:.2f} x compiled" for row in result]
-    elif content["part"] == "bench":
-        lines = [f"{result[0]['images_per_second']['p50']:.1f} images/s; {result[0]['line']}"]
+    elif content["part"] == "ladder":
+        lines = [f"{rung['img_s']:.1f} images/s, {rung['name']}" for rung in result[0]["rungs"]]
     return "\n  ".join([head, *lines])
 
 

@@ -9,7 +9,7 @@ import torch
 import train
 from kd.augmentations import AUGMENTATIONS
 from kd.batches import load_batches
-from kd.data.frames import Data
+from kd.data.frames import Split
 from kd.views import Views
 from tests.gpu import DEVICE, REHEARSAL
 
@@ -17,12 +17,12 @@ pytestmark = pytest.mark.cuda
 
 
 @pytest.fixture
-def data(photos, tmp_path) -> Data:
+def data(photos, tmp_path) -> Split:
     return train.decode(train.open_dataset(str(photos)), size=32, crop_pct=0.875, interpolation="bicubic",
-                        cache_dir=str(tmp_path))
+                        cache_dir=str(tmp_path))["train"]
 
 
-def batches(data: Data, augment: str, device: torch.device, epoch: int = 0) -> list:
+def batches(data: Split, augment: str, device: torch.device, epoch: int = 0) -> list:
     return list(load_batches(data, Views(3, 32, AUGMENTATIONS[augment], 0), epoch, 8, 0, device))
 
 
@@ -48,26 +48,26 @@ def test_views_are_those_of_the_cpu(data, augment):
 @pytest.mark.skipif(REHEARSAL, reason="on a CPU no thread works ahead")
 def test_a_thread_works_ahead_and_ends_when_the_loop_leaves_early(data):
     def threads() -> list[str]:
-        return [thread.name for thread in threading.enumerate() if thread.name == "prefetch"]
+        return [thread.name for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
     stream = load_batches(data, Views(3, 32, AUGMENTATIONS["crop"], 0), 0, 8, 0, DEVICE)
     next(stream)
-    assert threads() == ["prefetch"]
+    assert threads() == ["prefetch_0"]
     stream.close()      # type: ignore[attr-defined]
     assert threads() == []
 
 
 def test_an_error_of_the_thread_comes_in_its_turn(data, monkeypatch):
-    frames, reads = data.train.frames, []
-    real = frames.read
+    reads: list[int] = []
+    real = Split.read
 
-    def read(numbers: np.ndarray, *rest, **named) -> np.ndarray:
+    def read(split: Split, numbers: np.ndarray, *rest, **named) -> np.ndarray:
         reads.append(len(numbers))
         if len(reads) == 3:
             raise OSError("the disk is gone")
-        return real(numbers, *rest, **named)
+        return real(split, numbers, *rest, **named)
 
-    monkeypatch.setattr(frames, "read", read)
+    monkeypatch.setattr(Split, "read", read)
     seen = 0
     with pytest.raises(OSError, match="the disk is gone"):
         for _ in load_batches(data, Views(3, 32, AUGMENTATIONS["none"], 0), 0, 8, 0, DEVICE):

@@ -5,8 +5,9 @@ import torch
 
 from kd.fast import fused_loss
 from kd.fast.fused_loss import fused_kd_loss
-from kd.losses import NO_LABEL, kd_loss
+from kd import NO_LABEL
 from tests.gpu import DEVICE, REHEARSAL
+from train import kd_loss
 from tests.helpers.loss_cases import DTYPES, assert_no_worse, logits, loss_and_gradient
 
 pytestmark = pytest.mark.cuda

@@ -26,7 +26,7 @@ def test_without_a_gpu_it_is_one_line_and_status_2(tmp_path, capsys):
 def test_an_unknown_part_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(program, "REHEARSAL", True)
     assert program.main([str(tmp_path), "--only", "loss,speed"]) == 2
-    assert "--only speed: known are tests, waits, compare-8, loss, bench" in capsys.readouterr().err
+    assert "--only speed: known are tests, waits, compare-8, loss, ladder" in capsys.readouterr().err
 
 
 def test_parts_end_well_by_an_error_at_their_limit_or_not_at_all_and_each_is_written(tmp_path, monkeypatch, capsys):

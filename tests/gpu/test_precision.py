@@ -52,8 +52,8 @@ def test_a_whole_run(tiny, amp):
     result = train.main(dataclasses.replace(tiny, amp=amp, augment="crop", views=0, control=True, epochs=3))
     for role in ("teacher", "control", "student"):
         assert result[role]["test_total"] == 12 and 0 <= result[role]["test_correct"] <= 12
-        model, _, size, classes = models.open_saved(str(Path(tiny.out) / role))
-        assert model.eval()(torch.zeros(1, 3, size, size)).isfinite().all() and len(classes) == 3
+        saved = models.open_saved(str(Path(tiny.out) / role), runtime.start("cpu", "off", "off"))
+        assert saved.model(torch.zeros(1, 3, saved.size, saved.size)).isfinite().all() and len(saved.classes) == 3
     entries = [json.loads(line) for line in (Path(tiny.out) / "metrics.jsonl").read_text().splitlines()]
     assert len(entries) == 1 + 3 + 3
     for entry in entries:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kd.losses import kd_loss
+from train import kd_loss
 
 EPS = torch.finfo(torch.float32).eps
 INF = float("inf")

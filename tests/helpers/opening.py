@@ -8,8 +8,7 @@ import pytest
 from PIL import Image
 
 from kd import BadInput
-from kd.data.samples import Dataset, Reading
-from kd.data.sources import open_dataset
+from kd.data.table import Table, open_dataset
 
 FULL = {"train": {"a": 6, "b": 4}, "validation": {"a": 1, "b": 2}, "test": {"a": 2, "b": 1}}
 
@@ -48,28 +47,45 @@ def hub_folder(root: Path, splits: dict[str, list], labels: Any = None, features
     return root
 
 
-def open_and_listen(name: Any, reading: Reading = Reading()) -> tuple[Dataset, list[str]]:
-    """The data set, and what was said but for the closing line, which says what was read."""
+class Part:
+    """The rows of one split, counted from 0."""
+
+    def __init__(self, table: Table, split: str) -> None:
+        self.table, self.rows, self.labels = table, table.splits[split], table.labels[table.splits[split]]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getattr__(self, name: str) -> Any:
+        """read, name_of and key_of, of a row of the split."""
+        return lambda number: getattr(self.table, name)(int(self.rows[number]))
+
+
+def parts(table: Table) -> dict[str, Part]:
+    return {split: Part(table, split) for split in table.splits}
+
+
+def open_and_listen(name: Any, **reading: str) -> tuple[Table, list[str]]:
+    """The table, and what was said but for the closing line, which says what was read."""
     said: list[str] = []
-    dataset = open_dataset(str(name), reading, said.append)
-    if dataset.source:
-        assert said.pop().startswith(f"{dataset.name}: {dataset.source}; classes ")
-    return dataset, said
+    table = open_dataset(str(name), say=said.append, **reading)
+    assert said.pop().startswith(f"{table.name}: {table.source}; classes ")
+    return table, said
 
 
-def open_quietly(name: Any, reading: Reading = Reading()) -> Dataset:
-    dataset, said = open_and_listen(name, reading)
+def open_quietly(name: Any, **reading: str) -> Table:
+    table, said = open_and_listen(name, **reading)
     assert said == []
-    return dataset
+    return table
 
 
-def refused(name: Any, match: str, reading: Reading = Reading()) -> str:
+def refused(name: Any, match: str, **reading: str) -> str:
     with pytest.raises(BadInput, match=match) as caught:
-        open_dataset(str(name), reading, say=lambda _: None)
+        open_dataset(str(name), say=lambda _: None, **reading)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-def labels(dataset: Dataset) -> dict[str, list[int]]:
+def labels(table: Table) -> dict[str, list[int]]:
     """The labels by split."""
-    return {split: samples.labels.tolist() for split, samples in dataset.splits.items()}
+    return {split: table.labels[rows].tolist() for split, rows in table.splits.items()}

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 import train
 from kd.batches import Batch
-from kd.losses import kd_loss
 from kd.machine import runtime
 from kd.machine.signals import Stopped
 
@@ -49,15 +48,15 @@ def command_line(config: train.Config, *more: str) -> list[str]:
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, labels: Tensor, teacher_logits: Tensor | None,
-         temperature: float = 5.0, kd_weight: float = 0.5, **settings: Any) -> tuple[Tensor, Tensor]:
+         temperature: float = 5.0, kd_weight: float = 0.5, clip: float = 1.0) -> tuple[Tensor, Tensor]:
     """`train.train_step` in float32 on the CPU with the reference loss; returns the loss and the gradient's norm."""
     batch = Batch(None, np.arange(len(x)), 0, x, labels, len(x))  # type: ignore[arg-type]
 
     def loss_fn(student: Tensor, teacher: Tensor | None, y: Tensor) -> Tensor:
-        return kd_loss(student, teacher, y, temperature, kd_weight)
+        return train.kd_loss(student, teacher, y, temperature, kd_weight)
 
     return train.train_step(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), batch, teacher_logits,
-                            loss_fn, train.Config(**settings), runtime.start("cpu", "off", "off"))
+                            loss_fn, clip, runtime.start("cpu", "off", "off"))
 
 
 def watch_teacher(monkeypatch: Any, note: Callable[[Any], None]) -> None:

@@ -1,22 +1,16 @@
 """Several ranks against one: real processes under torchrun, on tiny data."""
 
-import contextlib
 import dataclasses
 import json
-import os
 import shutil
-import signal
 import socket
-import subprocess
-import sys
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+import torch.distributed as dist
 from torch import nn
 
 import train
@@ -24,114 +18,92 @@ from kd import BadInput
 from kd.machine import checkpoint, distributed
 from tests.helpers.processes import torchrun
 from tests.helpers.ranks import watch
-from tests.helpers.runs import command_line, identical, step
+from tests.helpers.runs import command_line, identical
 
 ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("student, sync_bn, lr, accumulate, method", [
-    ("test_convnext", False, 2e-3, 2, "kd"), ("test_efficientnet", True, 5e-5, 1, "kd"),
-    ("test_convnext", False, 2e-3, 1, "simkd")])
-def test_two_ranks_train_as_one_does(tiny, tmp_path, student, sync_bn, lr, accumulate, method):
-    """Under a high rate AdamW, whose first steps are as long for a small gradient as for a large one, makes the
-    rounding of BatchNorm's sums grow: hence the tutorial's rate there."""
-    config = dataclasses.replace(tiny, student=student, sync_bn=sync_bn, lr=lr, teacher_epochs=0, augment="mixup",
-                                 views=0, epochs=3, method=method, out=str(tmp_path / "one"))
-    steps = 5
-    if accumulate > 1:
-        config, steps = dataclasses.replace(config, batch_size=16, accumulate=accumulate), 3
-    alone: dict = {}
-    undo = watch(alone)
+def notes_of(path: str, ranks: int) -> list[dict]:
+    """What `tests.helpers.ranks` left in each rank."""
+    return [json.loads(Path(f"{path}.{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def alone(config: train.Config) -> tuple[dict, dict]:
+    """The result of a run of one rank, and its notes."""
+    notes: dict = {}
+    undo = watch(notes)
     try:
-        one = train.main(config)
+        return train.main(config), notes
     finally:
         undo()
+
+
+@pytest.mark.parametrize("method", ["kd", "simkd"])
+def test_two_ranks_train_as_one_does(tiny, tmp_path, method):
+    """Without BatchNorm, whose statistics are of each rank's own share."""
+    config = dataclasses.replace(tiny, student="test_convnext", teacher_epochs=0, augment="crop", views=0, epochs=3,
+                                 method=method, out=str(tmp_path / "one"))
+    one, single = alone(config)
     both = dataclasses.replace(config, out=str(tmp_path / "two"), cache_dir=str(tmp_path / "cache2"))
     done = torchrun(tmp_path, 2, "tests.helpers.ranks", str(tmp_path / "notes"), *command_line(both))
     assert done.returncode == 0, done.stderr
-    two = json.loads(done.stdout.splitlines()[-1])  # by rank 0 alone
-    assert sum(line.startswith("{") for line in done.stdout.splitlines()) == 1
-    notes = [json.loads((tmp_path / f"notes.{rank}.json").read_text()) for rank in (0, 1)]
+    two, = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))      # by rank 0 alone
+    notes = notes_of(str(tmp_path / "notes"), 2)
     assert not notes[0]["views"].keys() & notes[1]["views"].keys()
-    assert {**notes[0]["views"], **notes[1]["views"]} == alone["views"] and len(alone["views"]) == 3 * 42
-    assert notes[0]["losses"] == notes[1]["losses"] and len(alone["losses"]) == 3 * steps
-    assert np.allclose(notes[0]["losses"][:10], alone["losses"][:10], rtol=1e-5, atol=0)
-    assert np.allclose(notes[0]["losses"], alone["losses"], rtol=1e-3, atol=0)
+    assert {**notes[0]["views"], **notes[1]["views"]} == single["views"] and len(single["views"]) == 3 * 42
+    assert notes[0]["losses"] == notes[1]["losses"] and len(single["losses"]) == 3 * 5
+    assert np.allclose(notes[0]["losses"][:10], single["losses"][:10], rtol=1e-5, atol=0)
+    assert np.allclose(notes[0]["losses"], single["losses"], rtol=1e-3, atol=0)
     assert abs(two["student"]["test_correct"] - one["student"]["test_correct"]) <= 1
     assert two["teacher_batches"] == 2 * one["teacher_batches"]  # each of half the samples
-    first, second = ([json.loads(line)["train_loss"] for line in (tmp_path / name / "metrics.jsonl").open()]
-                     for name in ("one", "two"))
-    assert np.allclose(first, second, rtol=1e-3, atol=0)
 
 
 def test_a_rank_that_dies_or_is_stopped_ends_the_job_and_a_restart_goes_on_to_the_same_end(tiny, tmp_path):
-    """An epoch has 5 steps. Killed at the 8th: goes on from the 6th. Stopped three steps later: from the 9th."""
+    """An epoch has 5 steps. Killed (9) at the 8th: goes on from the 6th. Stopped (15) three later: from the 9th."""
     config = dataclasses.replace(tiny, teacher_epochs=0, epochs=3, views=0)
     whole, broken, other = (dataclasses.replace(config, out=str(tmp_path / name))
                             for name in ("whole", "broken", "other"))
     notes = str(tmp_path / "notes")
-    assert torchrun(tmp_path, 2, "tests.helpers.ranks", notes, *command_line(whole)).returncode == 0
-    order = [list(json.loads(Path(f"{notes}.{rank}.json").read_text())["views"]) for rank in (0, 1)]
 
-    died = torchrun(tmp_path, 2, "tests.helpers.ranks", notes, "--kill", str(signal.SIGKILL.value), "7",
-                    *command_line(broken))
+    def ranks(*flags: str, restarts: int = 0):
+        return torchrun(tmp_path, 2, "tests.helpers.ranks", notes, *flags, restarts=restarts)
+
+    assert ranks(*command_line(whole)).returncode == 0
+    order = [list(each["views"]) for each in notes_of(notes, 2)]
+
+    died = ranks("--kill", "9", "7", *command_line(broken))
     assert died.returncode == 1, died.stderr
     assert "Traceback (most recent call last):\n  File \"" + str(ROOT) not in died.stderr
     assert "train.py: error: another rank has ended" in died.stderr
 
     # another number of ranks, here one, goes on with the same samples in the same batches
     shutil.copytree(broken.out, other.out)
-    alone: dict = {}
-    undo = watch(alone)
-    try:
-        train.main(dataclasses.replace(other, resume=True))
-    finally:
-        undo()
-    assert len(alone["losses"]) == 10
-    seen, left = list(alone["views"]), [one[-2 * len(one) // 3:] for one in order]
+    _, single = alone(dataclasses.replace(other, resume=True))
+    assert len(single["losses"]) == 10
+    seen, left = list(single["views"]), [one[-2 * len(one) // 3:] for one in order]
     for size in (8, 8, 8, 8, 10) * 2:
         batch, seen = seen[:size], seen[size:]
         assert batch == left[0][:size // 2] + left[1][:size // 2]
         left = [one[size // 2:] for one in left]
 
-    stopped = torchrun(tmp_path, 2, "tests.helpers.ranks", notes, "--kill", str(signal.SIGTERM.value), "3",
-                       *command_line(broken, "--resume"))
+    stopped = ranks("--kill", "15", "3", *command_line(broken, "--resume"))
     assert stopped.returncode == 1 and stopped.stderr.count("train.py: error:") == 1, stopped.stderr
     assert "exitcode  : 143" in stopped.stderr
     at = checkpoint.read(Path(broken.out) / "last.ckpt")["position"]
     assert (at["epoch"], at["step"]) == (1, 4)  # the step that rank 1 was in, and both made it
-    again = torchrun(tmp_path, 2, "tests.helpers.ranks", notes, "--kill", str(signal.SIGKILL.value), "3",
-                     *command_line(broken, "--resume"), restarts=1)
+    again = ranks("--kill", "9", "3", *command_line(broken, "--resume"), restarts=1)
     assert again.returncode == 0, again.stderr
     identical(checkpoint.read(Path(whole.out) / "last.ckpt"), checkpoint.read(Path(broken.out) / "last.ckpt"))
 
 
-def test_four_ranks_of_two_agents_are_one_run(tiny, tmp_path):
-    """Two torchrun agents, as on two machines, which meet on loopback: each sample is one rank's, in every epoch."""
-    config = dataclasses.replace(tiny, teacher_epochs=0, epochs=2, views=0, batch_size=16, out=str(tmp_path / "out"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2", "--rdzv-backend=c10d",
-               f"--rdzv-endpoint={endpoint}", "-m", "tests.helpers.ranks", str(tmp_path / "notes"),
-               *command_line(config)]
-    agents = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"}) for _ in range(2)]
-    outputs = [agent.communicate(timeout=150) for agent in agents]
-    assert [agent.returncode for agent in agents] == [0, 0], outputs
-    results = [json.loads(line) for stdout, _ in outputs for line in stdout.splitlines() if line.startswith("{")]
-    assert len(results) == 1 and results[0]["student"]["test_total"] == 12
-    notes = [json.loads((tmp_path / f"notes.{rank}.json").read_text()) for rank in range(4)]
-    assert sorted(key for one in notes for key in one["views"]) == sorted(f"{v}/{s}" for v in (0, 1) for s in range(42))
-    assert all(one["losses"] == notes[0]["losses"] for one in notes) and len(notes[0]["losses"]) == 2 * 3
-
-
-@pytest.mark.parametrize("batch_size, accumulate, least", [(9, 1, 8), (6, 1, 8), (8, 2, 16)])
-def test_a_batch_that_the_ranks_cannot_share_is_refused(monkeypatch, batch_size, accumulate, least):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(BadInput, match=f"--batch-size {batch_size}: 2 ranks with --accumulate {accumulate} need a "
-                                       f"multiple of 2, of at least {least}"):
-        distributed.check_batch_size(batch_size, accumulate)
+@pytest.mark.parametrize("batch_size", [9, 6])
+def test_a_batch_that_the_ranks_cannot_share_is_refused(monkeypatch, batch_size):
+    distributed.check_batch_size(batch_size)
+    monkeypatch.setattr(distributed.ranks, "ranks", lambda: 2)
+    distributed.check_batch_size(8)
+    with pytest.raises(BadInput, match=f"^--batch-size {batch_size}: 2 ranks need a multiple of 2, of at least 8$"):
+        distributed.check_batch_size(batch_size)
 
 
 @pytest.mark.parametrize("flags, line", [
@@ -151,83 +123,33 @@ def test_ranks_that_cannot_meet_say_where(monkeypatch, rank, listens):
         if listens:
             taken.listen()
         port = str(taken.getsockname()[1])
+        monkeypatch.setattr(distributed.ranks, "ranks", lambda: 2)
         for name, value in dict(RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port).items():
             monkeypatch.setenv(name, value)
         with pytest.raises(BadInput, match=f"the 2 ranks cannot meet at 127.0.0.1:{port}.* a free port"):
-            distributed.join(torch.device("cpu"))
+            distributed.join(CPU)
     assert distributed.world_size() == 1
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 7])
+@pytest.mark.parametrize("count", [1, 2, 7])
 def test_the_shares_of_three_ranks_are_put_back_in_order_also_where_one_has_none(monkeypatch, count):
     rows = np.arange(2 * count).reshape(count, 2)
-    shares = [rows[rank::3] if rank < count else np.empty((0, 0), rows.dtype) for rank in range(3)]
+    shares = [rows[rank::3] if rank < count else np.empty((0, 0), int) for rank in range(3)]
     monkeypatch.setattr(distributed, "world_size", lambda: 3)
-    monkeypatch.setattr(distributed.dist, "all_gather_object", lambda told, mine: told.__setitem__(slice(0, 3), shares))
-    for mine in shares:
-        assert np.array_equal(distributed.gather(mine, count), rows)
+    monkeypatch.setattr(distributed, "_of_all_ranks", lambda mine: shares)
+    assert np.array_equal(distributed.gather(shares[0], count), rows)
 
 
-@given(st.integers(1, 200), st.integers(1, 50))
-def test_parts_cover_the_batch_once_with_two_rows_at_least(size, accumulate):
-    parts = distributed.split_batch(size, accumulate)
-    assert [i for part in parts for i in range(size)[part]] == list(range(size))
-    lengths = [part.stop - part.start for part in parts]
-    assert len(parts) == max(1, min(size // 2, accumulate)) and max(lengths) - min(lengths) <= 1
-    assert min(lengths) >= min(2, size)
+def test_batchnorm_over_all_ranks_is_refused_on_a_cpu():
+    with pytest.raises(BadInput, match="^--sync-bn: works on CUDA only, and the device is cpu; leave it out$"):
+        distributed.synchronise_batchnorm(nn.BatchNorm1d(2), CPU)
+    converted = distributed.synchronise_batchnorm(nn.Sequential(nn.BatchNorm2d(2)), torch.device("cuda"))
+    assert isinstance(converted[0], nn.SyncBatchNorm)      # type: ignore[index]
 
 
-def test_gradients_are_averaged_once_a_step(monkeypatch):
-    """In the last part's forward; before it, in DDP's `no_sync`."""
-    class Ranked(nn.Linear):
-        within = False
-        seen: tuple[bool, ...] = ()
-
-        @contextlib.contextmanager
-        def no_sync(self):
-            self.within = True
-            yield
-            self.within = False
-
-        def forward(self, x):
-            self.seen = *self.seen, self.within
-            return super().forward(x)
-
-    monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    model = Ranked(4, 3)
-    step(model, torch.optim.SGD(model.parameters()), torch.randn(6, 4), torch.arange(6) % 3, None, kd_weight=0.0,
-         accumulate=3)
-    assert model.seen == (True, True, False)
-
-
-def test_accumulated_parts_are_the_whole_batch(tiny):
-    gradients, losses = [], []
-    x, labels, soft = torch.randn(10, 3, 8, 8), torch.randint(0, 3, (10,)), torch.randn(10, 3)
-    for accumulate in (1, 3):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 3))
-        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        before = [p.detach().clone() for p in model.parameters()]
-        loss, norm = step(model, optimizer, x, labels, soft, clip=1e9, accumulate=accumulate)
-        losses.append(loss.item())
-        gradients.append(torch.cat([(a - b).flatten() for a, b in zip(before, model.parameters(), strict=True)]))
-    assert np.isclose(losses[0], losses[1], rtol=1e-6)
-    assert torch.allclose(gradients[0], gradients[1], rtol=1e-5, atol=1e-6)
-
-
-def test_a_run_that_succeeded_parts_from_the_other_ranks(tmp_path, monkeypatch, capsys):
+def test_a_run_that_succeeded_parts_from_the_other_ranks(tmp_path, monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
-        monkeypatch.setattr(distributed, "world_size", lambda: 2)       # so that the weights are really sent
-        before = {name: value.clone() for name, value in model.state_dict().items()}
-        distributed.broadcast_weights(model)
-        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-        train.cli.run(lambda config: {"fine": True}, train.Config())
-        assert not torch.distributed.is_initialized()
-        assert capsys.readouterr().out == '{"fine": true}\n'
-    finally:
-        distributed.leave()
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    distributed.leave()
+    assert not dist.is_initialized()
     distributed.leave()         # alone, there is nobody to part from

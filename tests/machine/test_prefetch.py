@@ -8,8 +8,10 @@ import torch
 
 from kd.machine.prefetch import prefetch
 
+AHEAD = torch.device("meta")    # stands for a device that has a thread working ahead
 
-@pytest.mark.parametrize("device", ["cpu", "meta"])  # meta stands for a device that has a thread working ahead
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_prefetch_keeps_the_order_and_passes_errors_on(device):
     def items():
         yield from range(5)
@@ -22,30 +24,20 @@ def test_prefetch_keeps_the_order_and_passes_errors_on(device):
     assert got == [0, 1, 2, 3, 4]
 
 
-def test_a_consumer_that_leaves_early_leaves_no_thread():
+def test_prefetch_works_two_ahead_and_leaves_no_thread_where_its_consumer_leaves_early():
+    made: list[int] = []
+
     def endless():
         while True:
-            yield 0
+            made.append(len(made))
+            yield made[-1]
 
     before = threading.active_count()
-    made = prefetch(endless(), torch.device("meta"))
-    assert next(made) == 0
-    made.close()
-    assert threading.active_count() == before
-
-
-def test_prefetch_works_ahead_of_its_consumer():
-    made = []
-
-    def items():
-        for i in range(3):
-            made.append(i)
-            yield i
-
-    stream = prefetch(items(), torch.device("meta"))
-    next(stream)
+    stream = prefetch(endless(), AHEAD)
+    assert next(stream) == 0
     deadline = time.monotonic() + 5
     while len(made) < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert made == [0, 1, 2]
+    assert made == [0, 1, 2] and threading.active_count() == before + 1
     stream.close()
+    assert threading.active_count() == before and made == [0, 1, 2]

@@ -1,9 +1,8 @@
 """Device, precision and kernels, as the flags and the machine say."""
 
 import copy
-import dataclasses
-from pathlib import Path
-from typing import Any
+import ctypes
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,171 +10,110 @@ from torch import nn
 
 from kd import BadInput
 from kd.machine import devices, runtime
-from tests.helpers import processes
-from tests.helpers.runs import command_line
+
+CUDA = torch.device("cuda")
 
 
-def test_a_device_or_precision_that_is_not_there_is_refused(monkeypatch):
-    if not torch.cuda.is_available():
-        with pytest.raises(BadInput, match="--device cuda"):
-            runtime.start("cuda", "auto", "auto")
-    with pytest.raises(BadInput, match="--amp fp16"):
-        runtime.start("cpu", "fp16", "auto")
+def test_a_cpu_gets_bf16_where_it_multiplies_it_and_never_fp16(monkeypatch):
+    with pytest.raises(BadInput, match="^--amp fp16: cpu has no fast half precision here; use bf16, off or auto$"):
+        runtime.start("cpu", "fp16", "auto", "off")
     for fast, amp in ((True, torch.bfloat16), (False, None)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": fast})
-        assert runtime.start("cpu", "auto", "auto").amp == amp
-    assert runtime.start("cpu", "bf16", "off").amp == torch.bfloat16
+        assert runtime.start("cpu", "auto", "auto", "off").amp == amp
 
 
 @pytest.mark.parametrize("generation, amp", [(6, None), (7, torch.float16), (8, torch.bfloat16), (10, torch.bfloat16)])
 def test_a_gpu_gets_the_precision_that_its_generation_multiplies_fast(monkeypatch, generation, amp):
-    gpu = torch.device("cuda")
-    monkeypatch.setattr(devices, "choose", lambda flag: gpu)
+    matmul, cudnn = SimpleNamespace(), SimpleNamespace()
+    monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
+    monkeypatch.setattr(torch.backends, "cudnn", cudnn)
+    monkeypatch.setattr(devices, "choose", lambda flag: CUDA)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (generation, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    switches: tuple[Any, ...] = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [part.allow_tf32 for part in switches], torch.backends.cudnn.benchmark
-    try:
-        assert runtime.start("auto", "auto", "off").amp == amp
-        assert [part.allow_tf32 for part in switches] == [amp is not None] * 2
-        # float32 throughout: not TF32 either
-        machine = runtime.start("auto", "off", "off")
-        assert machine.amp is None and machine.line == "cuda (a GPU), fp32"
-        assert [part.allow_tf32 for part in switches] == [False] * 2
-    finally:
-        for part, value in zip(switches, before[0]):
-            part.allow_tf32 = value
-        torch.backends.cudnn.benchmark = before[1]
+    assert runtime.start("auto", "auto", "off", "off").amp == amp
+    assert matmul.allow_tf32 == cudnn.allow_tf32 == (amp is not None) and cudnn.benchmark
+    machine = runtime.start("auto", "off", "off", "off")    # float32 throughout: not TF32 either
+    assert machine.amp is None and machine.line == "cuda (a GPU), fp32"
+    assert not matmul.allow_tf32 and not cudnn.allow_tf32
 
 
-def test_the_switch_for_kernels_reaches_the_allocator(monkeypatch):
-    tuned = []
-    monkeypatch.setattr(runtime, "tune_allocator", lambda: tuned.append(True))
-    assert not runtime.start("cpu", "off", "off", "off").kernels and tuned == []
-    assert runtime.start("cpu", "off", "off", "auto").kernels and tuned == [True]
+@pytest.mark.parametrize("usable, variable, lowered", [(1, "", [1]), (1, "4", []), (8, "", [])])
+def test_threads_are_lowered_to_a_quota_that_the_user_did_not_override(monkeypatch, usable, variable, lowered):
+    calls: list[int] = []
+    monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    monkeypatch.setattr(runtime, "usable_cores", lambda: usable)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(torch, "set_num_threads", calls.append)
+    runtime.start("cpu", "off", "off", "off")
+    assert calls == lowered
 
 
-# torch.compile
+def test_the_switch_for_kernels_reaches_the_allocator_which_can_be_restored(monkeypatch):
+    settings: dict[int, int] = {}
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=settings.__setitem__))
+    assert not runtime.start("cpu", "off", "off", "off").kernels and settings == {}
+    assert runtime.start("cpu", "off", "off", "auto").kernels and settings == {-4: 0, -1: -1}
+    runtime.tune_allocator(keep=False)
+    assert settings == {-4: 65536, -1: 64 << 20, -3: 32 << 20}      # M_MMAP_MAX, M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
 
-NO_COMPILER = RuntimeError("CppCompileError: C++ compile error\n\nCommand:\ng++ x.cpp\n\nOutput:\n"
-                           "x.cpp:1:10: fatal error: Python.h: No such file or directory\n")
+
+# ---- torch.compile ---------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flag, device, steps, compiled", [
+    ("on", "cpu", 1, True), ("off", "cuda", 10**9, False), ("auto", "cpu", 10**9, False),
+    ("auto", "cuda", runtime.PAYS_AFTER, True), ("auto", "cuda", runtime.PAYS_AFTER - 1, False)])
+def test_whether_it_is_compiled_follows_the_flag_the_device_and_the_steps(monkeypatch, flag, device, steps, compiled):
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    machine = runtime.start("cpu", "off", flag, "off")
+    assert machine.line.endswith(", compiled") == (flag == "on")
+    assert runtime.compile_pays(machine._replace(device=torch.device(device)), steps) == compiled
+
+
+def test_without_a_compiler_on_is_refused_before_anything_is_loaded(monkeypatch):
+    def compile(function):
+        raise RuntimeError("CppCompileError: C++ compile error\n\nx.cpp:1:10: fatal error: Python.h: No such file")
+
+    monkeypatch.setattr(torch, "compile", compile)
+    with pytest.raises(BadInput, match=r"^--compile on: .*Python.h: No such file\); .*use --compile off$"):
+        runtime.start("cpu", "off", "on", "off")
 
 
 @pytest.fixture
-def compilations(monkeypatch) -> list:
-    """The functions that were compiled; they run as they are. Tensors of the GPU are on the CPU."""
-    seen: list = []
-    ones = torch.ones
+def graphs(monkeypatch) -> list:
+    """Shape and options of what was given to the compiler; it runs as it is. An error in this list is raised."""
+    given: list = []
 
-    def compile(function):
-        seen.append(function)
-        return function
+    def inductor(graph, inputs, config_patches):
+        if given and isinstance(given[0], Exception):
+            raise given[0]
+        given.append((tuple(inputs[0].shape), config_patches))
+        return graph.forward
 
-    monkeypatch.setattr(torch, "compile", compile)
-    monkeypatch.setattr(torch, "ones", lambda *size, device: ones(*size))
-    return seen
-
-
-def test_whether_it_is_compiled_follows_the_flag_the_device_and_the_steps(compilations, capsys):
-    machine = runtime.start("cpu", "off", "on")
-    assert machine.line.endswith("fp32, compiled") and len(compilations) == 1      # tried, before anything is loaded
-    cuda = machine._replace(device=torch.device("cuda"))
-    assert runtime.compile_pays(machine, 1) and runtime.compile_pays(cuda, 1)
-    for flag, many in (("auto", True), ("off", False)):
-        assert not runtime.compile_pays(machine._replace(compile=flag), 10**9)
-        assert runtime.compile_pays(cuda._replace(compile=flag), runtime.PAYS_AFTER) == many
-        assert not runtime.compile_pays(cuda._replace(compile=flag), runtime.PAYS_AFTER - 1)
-    assert runtime.start("cpu", "off", "auto").line.endswith("fp32") and len(compilations) == 1
-    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: inductor)
+    torch.compiler.reset()      # the graphs of other tests count, and only so many are made
+    return given
 
 
-def test_without_a_compiler_on_is_refused(compilations, monkeypatch):
-    def compile(function):
-        raise NO_COMPILER
-
-    monkeypatch.setattr(torch, "compile", compile)
-    with pytest.raises(BadInput, match=r"^--compile on: .*Python.h: No such file.*\); .*--compile off$"):
-        runtime.start("cpu", "off", "on")
-
-
-def test_a_run_that_cannot_be_compiled_is_refused_before_anything_is_loaded(tiny, tmp_path):
-    """By the real torch.compile, which finds no compiler."""
-    flags = command_line(dataclasses.replace(tiny, compile="on"))
-    process = processes.FORKS.Process(target=_run_without_compiler, args=(flags, str(tmp_path)))
-    process.start()
-    process.join()
-    assert process.exitcode == 2 and (tmp_path / "stdout").read_text() == ""
-    line, = (tmp_path / "stderr").read_text().splitlines()
-    assert line.startswith("train.py: error: --compile on: torch.compile does not work here (")
-    assert "/nonexistent/g++" in line and line.endswith("use --compile off")
-    assert not Path(tiny.out).exists()
+@pytest.mark.parametrize("rows, ranks, replayed", [(64, 1, True), (65, 1, False), (64, 2, False)])
+def test_each_batch_size_has_a_graph_of_its_own_and_small_ones_are_replayed(monkeypatch, graphs, rows, ranks, replayed):
+    monkeypatch.setattr(runtime, "ranks", lambda: ranks)
+    forward = runtime.compiled(nn.Flatten(), rows)
+    for count in (4, 4, 6, 4, 6):
+        assert forward(torch.zeros(count, 2, 3)).shape == (count, 6)
+    # fixed numbers, and the first graph serves again
+    assert graphs == [(shape, {"triton.cudagraphs": replayed}) for shape in ((4, 2, 3), (6, 2, 3))]
 
 
-def _run_without_compiler(flags: list[str], folder: str) -> None:
-    from torch._inductor import config
-    config.cpp.cxx = (None, "/nonexistent/g++")     # as CXX=/nonexistent/g++ in a process that starts from nothing
-    processes._run(flags, f"{folder}/stdout", f"{folder}/stderr")
-
-
-def test_a_model_that_cannot_be_compiled_computes_the_same_and_a_line_says_why(monkeypatch, capsys):
+def test_a_model_that_cannot_be_compiled_computes_the_same_and_a_line_says_why(graphs, capsys):
     """Logits, gradients, BatchNorm's statistics and the random state, to the bit; the last batch is short."""
-    called: list = []
-    lookup = torch._dynamo.lookup_backend
-
-    def inductor(graph, inputs, config_patches=None):
-        called.append(graph)
-        raise RuntimeError("LoweringException: no such kernel\n  while executing %conv2d")
-
-    monkeypatch.setattr(torch._dynamo, "lookup_backend",
-                        lambda name: inductor if name == "inductor" else lookup(name))
-    torch.manual_seed(0)
-    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(),
-                          nn.Linear(4 * 36, 3))
-    model = copy.deepcopy(plain)
-    x = torch.randn(6, 3, 8, 8)
-    found = []
+    graphs.append(RuntimeError("LoweringException: no such kernel\n  while executing %conv2d"))
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5))
+    model, x, found = copy.deepcopy(plain), torch.randn(6, 3, 8, 8), []
     for one, forward in ((plain, plain), (model, runtime.compiled(model, 6))):
         torch.manual_seed(1)
         logits = [forward(x), forward(x[:5])]
         sum(each.square().sum() for each in logits).backward()
         found.append([*logits, torch.get_rng_state(), *one.buffers(), *(p.grad for p in one.parameters())])
-    assert model[1].num_batches_tracked == 2
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-    assert len(called) == 1
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)) and model[1].num_batches_tracked == 2
     assert capsys.readouterr().out == ("goes on uncompiled: torch.compile fails on this model "
                                        "(LoweringException: no such kernel)\n")
-
-
-@pytest.mark.parametrize("quota, variable, threads", [(1.0, None, 1), (1.0, "4", 4), (None, None, 4), (8.0, None, 4)])
-def test_threads_are_lowered_to_a_quota_that_the_user_did_not_override(monkeypatch, quota, variable, threads):
-    before = torch.get_num_threads()
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    if variable:
-        monkeypatch.setenv("OMP_NUM_THREADS", variable)
-    monkeypatch.setattr(runtime, "cpu_quota", lambda: quota)
-    monkeypatch.setattr(runtime, "usable_cores", lambda: int(quota or 8))
-    torch.set_num_threads(4)
-    runtime.limit_threads()
-    assert torch.get_num_threads() == threads
-    torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("rows, parts, ranks, replayed", [(64, 1, 1, True), (65, 1, 1, False), (64, 2, 1, False),
-                                                          (64, 1, 2, False)])
-def test_each_batch_size_has_a_graph_of_its_own_and_small_ones_are_replayed(monkeypatch, rows, parts, ranks, replayed):
-    options: list = []
-    shapes: list = []
-
-    def inductor(graph, inputs, config_patches):
-        options.append(config_patches)
-        shapes.append(tuple(inputs[0].shape))
-        return graph.forward
-
-    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: inductor)
-    monkeypatch.setenv("WORLD_SIZE", str(ranks))
-    torch.compiler.reset()      # the graphs of other tests count, and only so many are made
-    forward = runtime.compiled(nn.Flatten(), rows, parts)
-    for count in (4, 4, 6, 4, 6):
-        assert forward(torch.zeros(count, 2, 3)).shape == (count, 6)
-    assert shapes == [(4, 2, 3), (6, 2, 3)]         # fixed numbers, and the first graph serves again
-    assert options == [{"triton.cudagraphs": True} if replayed else None] * 2

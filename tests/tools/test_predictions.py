@@ -10,21 +10,17 @@ from kd import BadInput
 from kd.tools.predictions import Predictions, read_predictions
 
 
-def make_predictions() -> Predictions:
-    generator = np.random.default_rng(0)
-    return Predictions(["a", "b", "ü"], generator.integers(0, 3, 7), [f"{i}.jpg" for i in range(7)],
-                       {role: generator.normal(size=(7, 3)).astype(np.float32) for role in ("teacher", "student")},
-                       np.array([2, 5]), generator.integers(0, 255, (2, 8, 8, 3), np.uint8),
-                       generator.integers(0, 255, (4, 2, 8, 8, 3), np.uint8), np.array([0, 1, 2, 0]))
-
-
 @pytest.fixture
 def path(tmp_path) -> Path:
     return tmp_path / "predictions.npz"
 
 
 def test_what_is_written_is_read_back(path):
-    written = make_predictions()
+    generator = np.random.default_rng(0)
+    written = Predictions(["a", "b", "ü"], generator.integers(0, 3, 7), [f"{i}.jpg" for i in range(7)],
+                          {role: generator.normal(size=(7, 3)).astype(np.float32) for role in ("teacher", "student")},
+                          np.array([2, 5]), generator.integers(0, 255, (2, 8, 8, 3), np.uint8),
+                          generator.integers(0, 255, (4, 2, 8, 8, 3), np.uint8), np.array([0, 1, 2, 0]))
     path.write_bytes(written.to_bytes())
     read = read_predictions(path)
     assert (read.classes, read.names, list(read.logits)) == (written.classes, written.names, ["teacher", "student"])
@@ -35,21 +31,15 @@ def test_what_is_written_is_read_back(path):
         assert read.correct(role).tolist() == (written.logits[role].argmax(1) == written.labels).tolist()
 
 
-@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04 cut", "pickle", "a label is missing",
-                                     "a label of no class", "a control of other shape", "a picture is missing"])
-def test_predictions_that_are_none_are_refused_and_nothing_in_them_runs(path, content):
+def archive(**arrays: np.ndarray) -> bytes:
     buffer = io.BytesIO()
-    if content == "pickle":
-        np.savez(buffer, teacher=np.array([{"an": "object"}], object))
-        content = buffer.getvalue()
-    elif isinstance(content, str):
-        arrays = dict(np.load(io.BytesIO(make_predictions().to_bytes())))
-        changes = {"a label is missing": {"labels": arrays["labels"][:-1]},
-                   "a label of no class": {"labels": arrays["labels"] + 1},
-                   "a control of other shape": {"control": arrays["student"][:, :2]},
-                   "a picture is missing": {"pictures": arrays["pictures"][:1]}}
-        np.savez(buffer, **{**arrays, **changes[content]})
-        content = buffer.getvalue()
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04 cut", archive(labels=np.zeros(3)),
+                                     archive(teacher=np.array([{"an": "object"}], object))])
+def test_predictions_that_are_none_are_refused_and_nothing_in_them_runs(path, content):
     path.write_bytes(content)
     with pytest.raises(BadInput, match="predictions.npz: not readable"):
         read_predictions(path)
