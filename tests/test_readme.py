@@ -1,70 +1,26 @@
-"""What the documents say: their numbers, the loop, the flags, the worked changes."""
+"""What the documents say: their numbers, the flags, the worked changes."""
 
-import copy
-import functools
 import json
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-import torch.nn.functional as F
-from torch import nn
 
 import train
 from kd import cli
-from kd.bench.compare import tutorial_loop
 from kd.machine import checkpoint
 from kd.tools import report
-from results import arms, tables
+from results.keep import read_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-
-
-def code_blocks(language: str) -> list[str]:
-    """What the README has between ```language and ```."""
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+INSIDE = (ROOT / "kd" / "README.md").read_text()
 
 
 # ---- numbers -----------------------------------------------------------------------------------
-
-@functools.cache
-def every_table() -> dict[str, str]:
-    return tables.tables() | arms.tables()
-
-
-@pytest.mark.parametrize("document, name", [("README.md", "summary"), ("results/README.md", "results"),
-                                            ("results/README.md", "folds"), ("results/README.md", "times"),
-                                            ("results/README.md", "search"),
-                                            ("README.md", "few"), ("results/README.md", "few"),
-                                            ("results/README.md", "by class"), ("results/README.md", "parts"),
-                                            ("results/README.md", "patience"), ("results/README.md", "wrong"),
-                                            ("results/README.md", "pretrained"),
-                                            ("results/README.md", "methods"), ("results/README.md", "methods on beans"),
-                                            ("results/README.md", "tuning"), ("results/README.md", "steps")])
-def test_every_table_is_made_from_its_runs(document, name):
-    """To correct it, put what `python -m results.tables` or `results.arms` prints between the two comments."""
-    assert tables.shown(ROOT / document, name) == every_table()[name]
-
-
-def dots(figure: Path) -> list[tuple[str, int, int]]:
-    """The colour and the place of each dot of an SVG file, in whole points."""
-    found = re.findall(r'<use [^>]*x="([^"]*)" y="([^"]*)" style="fill: ([^;"]*)', figure.read_text())
-    return [(colour, round(float(x)), round(float(y))) for x, y, colour in found]
-
-
-@pytest.mark.parametrize("name, least", [("few", 60), ("methods", 10)])
-def test_every_figure_is_drawn_from_its_runs(tmp_path, name, least):
-    """To correct it, run `python -m results.arms`. Another matplotlib may write other bytes, but the same dots."""
-    arms.FIGURES[name](tmp_path / "drawn.svg")
-    assert dots(ROOT / "results" / f"{name}.svg") == dots(tmp_path / "drawn.svg")
-    assert len(dots(tmp_path / "drawn.svg")) >= least
-
 
 def test_every_result_was_made_by_a_committed_state_and_lies_under_its_seed():
     runs = [path.parent for path in (ROOT / "results").rglob("result.json")]
@@ -76,7 +32,7 @@ def test_every_result_was_made_by_a_committed_state_and_lies_under_its_seed():
 
 
 def test_the_search_has_every_epoch_and_saw_nothing_of_test():
-    for line in tables.read_lines(ROOT / "results" / "search.jsonl"):
+    for line in read_lines(ROOT / "results" / "search.jsonl"):
         assert line.keys() <= {"config", "commit", "control", "student"}
         assert re.fullmatch(r"[0-9a-f]{40}", line["commit"])
         for role in {"control", "student"} & line.keys():
@@ -84,33 +40,20 @@ def test_the_search_has_every_epoch_and_saw_nothing_of_test():
                 ("accuracy", "loss"), line["config"]["epochs"])
 
 
-# ---- the loop and the flags ----------------------------------------------------------------------
+# ---- the flags and the files ---------------------------------------------------------------------
 
-def test_the_loop_in_the_readme_is_the_one_that_the_benchmark_times():
-    """Both train the same student on the same batches, to the same bits."""
-    torch.manual_seed(0)
-    student, teacher = (nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
-                        for _ in range(2))
-    teacher.eval()
-    twin = copy.deepcopy(student)
-    images = [torch.randn(4, 3, 2, 2) for _ in range(3)]
-    labels = [torch.randint(3, (4,)) for _ in range(3)]
-    before = copy.deepcopy(student.state_dict())
-
-    shown: dict[str, Any] = {"torch": torch, "nn": nn, "F": F}
-    exec(code_blocks("python")[0], shown)
-    shown["distil"](student, teacher, torch.optim.AdamW(student.parameters(), lr=1e-2),
-                    list(zip(images, labels, strict=True)), 5.0, 0.5)
-    tutorial_loop(twin, teacher, torch.optim.AdamW(twin.parameters(), lr=1e-2), images, labels, 5.0, 0.5)
-
-    for name, value in twin.state_dict().items():
-        assert torch.equal(student.state_dict()[name], value), name
-        assert not torch.equal(before[name], value), name
+@pytest.mark.parametrize("text, folder", [(README, ROOT), (INSIDE, ROOT / "kd")])
+def test_every_file_that_is_linked_or_named_is_there(text, folder):
+    links = {link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")}
+    names = set(re.findall(r"`((?:[a-z_]+/)+[a-z_]+\.py)`", text))
+    assert len(links) + len(names) > 5
+    for path in links | names:
+        assert (folder / path).exists() or (ROOT / path).exists(), path
 
 
 def test_the_ten_flags_are_there_with_their_defaults():
-    rows = [[cell.strip(" `") for cell in line.split("|")[1:3]]
-            for line in tables.shown(ROOT / "README.md", "flags").splitlines()[2:]]
+    table, = re.findall(r"<!-- flags: .*? -->\n(.*)\n<!-- /flags -->", README, re.DOTALL)
+    rows = [[cell.strip(" `") for cell in line.split("|")[1:3]] for line in table.splitlines()[2:]]
     assert len(rows) == 10
     for option, default in rows:
         name = option.removeprefix("--").replace("-", "_")
@@ -119,18 +62,18 @@ def test_the_ten_flags_are_there_with_their_defaults():
 
 # ---- worked changes ------------------------------------------------------------------------------
 
-def test_the_four_worked_changes_apply_and_train(photos, tmp_path):
+def test_the_worked_changes_apply_and_train(photos, tmp_path):
     """To correct a diff that no longer applies: make the change by hand in a copy, and show `git diff -U1` of it.
 
     The lines `diff --git` and `index` can go, and so can what stands behind the second `@@` of a hunk.
     """
-    diffs = code_blocks("diff")
-    assert len(diffs) == 4
+    diffs = re.findall(r"^```diff\n(.*?)^```", README + INSIDE, re.DOTALL | re.MULTILINE)
+    assert len(diffs) == 5
     clone = tmp_path / "kd"
     shutil.copytree(ROOT / "kd", clone / "kd", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "train.py", clone)
     for diff in diffs:
-        assert len(re.findall(r"^[+-](?![+-])", diff, re.MULTILINE)) < 10
+        assert len(re.findall(r"^[+-](?![+-])", diff, re.MULTILINE)) <= 12
         subprocess.run(["git", "apply", "-"], cwd=clone, input=diff, text=True, check=True)
 
     flags = ("--recipe tutorial --size 32 --epochs 1 --lr 1e-3 --teacher test_resnet --teacher-weights none "
