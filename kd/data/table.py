@@ -95,7 +95,7 @@ def open_splits(name: str, splits: Sequence[str], classes: tuple[str, ...], *, c
                            "choose another with --split, or add it")
         chosen[split] = table.splits[split]
         _check_labelled(table, split)
-        for label in {table.classes[label] for label in np.unique(table.labels[chosen[split]])} - set(number):
+        for label in sorted({table.classes[label] for label in np.unique(table.labels[chosen[split]])} - set(number)):
             raise BadInput(f"--dataset {name}: {split} has {label!r}, which the model does not know; its classes: "
                            f"{first_names(classes)}")
     renumbered = np.array([*(number.get(label, NO_LABEL) for label in table.classes), NO_LABEL])
