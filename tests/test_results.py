@@ -160,10 +160,10 @@ def commands(tmp_path, table, monkeypatch) -> list[str]:
 
 
 def test_nothing_learns_from_a_run_that_has_not_ended(tmp_path, commands):
-    with pytest.raises(SystemExit, match="few/beans-60-all/seed-1: make this run first"):
-        experiments.make("few/beans-60-hard/seed-1")
     first = tmp_path / "runs/few/beans-60-all/seed-1"
     first.mkdir(parents=True)
+    with pytest.raises(SystemExit, match="few/beans-60-all/seed-1: make this run first"):
+        experiments.make("few/beans-60-hard/seed-1")
     (first / "predictions.npz").touch()
     experiments.make("few/beans-60-hard/seed-1")
     assert f"--teacher-weights {first}/teacher --teacher-epochs 0 --method hard --seed 1" in commands[0]
